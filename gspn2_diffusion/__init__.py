@@ -1,0 +1,40 @@
+"""Text-to-image diffusion on a GSPN-2 backbone (arXiv 2512.07884).
+
+Names are imported on first use, so ``import gspn2_diffusion`` costs little and needs neither CuPy nor a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "line_scan": "gspn2_diffusion.ops.line_scan",
+    "GSPN2Mixer": "gspn2_diffusion.layers.mixer",
+    "GSPN2Transformer2DModel": "gspn2_diffusion.models.transformer_gspn2",
+    "GSPN2Pipeline": "gspn2_diffusion.pipelines.pipeline_gspn2",
+    "GSPN2PipelineOutput": "gspn2_diffusion.pipelines.pipeline_output",
+}
+
+__all__ = [*_EXPORTS, "__version__"]
+
+if TYPE_CHECKING:
+    from gspn2_diffusion.layers.mixer import GSPN2Mixer
+    from gspn2_diffusion.models.transformer_gspn2 import GSPN2Transformer2DModel
+    from gspn2_diffusion.ops.line_scan import line_scan
+    from gspn2_diffusion.pipelines.pipeline_gspn2 import GSPN2Pipeline
+    from gspn2_diffusion.pipelines.pipeline_output import GSPN2PipelineOutput
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value  # later look-ups skip this function
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""Building blocks: the four-direction mixer and what surrounds it."""
