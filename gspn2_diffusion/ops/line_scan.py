@@ -1,0 +1,179 @@
+"""The public operator: argument checks, choice of backend, autograd and torch.compile registration."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gspn2_diffusion.ops import cupy_backend
+from gspn2_diffusion.ops.reference import line_scan_reference
+
+logger = logging.getLogger(__name__)
+
+DIRECTIONS = ("down", "up", "right", "left")
+BACKENDS = ("auto", "cupy", "reference")
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_REFERENCE_DTYPES = (*_KERNEL_DTYPES, torch.float64)
+
+
+def line_scan(
+    x: Tensor,
+    weight: Tensor,
+    lam: Tensor,
+    u: Tensor | None = None,
+    *,
+    directions: Sequence[str] = DIRECTIONS,
+    chunk_size: int | None = None,
+    normalize: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    r"""GSPN-2's line scan over a picture, in up to four directions at once (arXiv 2512.07884, section 3).
+
+    For each direction, with lines ``i`` in the order in which it visits them and positions ``p`` on a line::
+
+        h[i, p] = sum over k of W[i, p, k] * h[i-1, p+k-1] + lam[i, p] * x[i, p]        (h[-1] = 0)
+        y[i, p] = u[i, p] * h[i, p]
+
+    "down" visits the rows from first to last, "up" from last to first, "right" the columns from first to
+    last, "left" from last to first. Results are stored at the picture's own positions.
+
+    Args:
+        x: ``(B, H, W, C)`` input, shared by the directions.
+        weight: ``(B, H, W, D, G, 3)`` raw coefficients for the neighbours ``p-1, p, p+1`` on the previous
+            line. ``C % G == 0``; channel ``c`` uses group ``c // (C // G)``: ``G=1`` is GSPN-2, ``G=C`` GSPN-1.
+        lam: ``(B, H, W, D, C)`` input gate.
+        u: ``(B, H, W, D, C)`` output gate, or None for 1.
+        directions: which scans, each at most once; ``D = len(directions)``.
+        chunk_size: the hidden state restarts after so many lines, counted from where the scan starts;
+            None for never (GSPN-local otherwise).
+        normalize: True applies a sigmoid and divides by the sum over the neighbours that exist, so that
+            every row of ``W`` sums to 1. False uses ``weight`` as given; missing neighbours count as zero.
+        backend: "cupy" (CUDA kernels), "reference" (plain torch, any device) or "auto" (CuPy for CUDA
+            tensors where it works, else the reference; says once which).
+
+    All tensors share one device and one dtype: float32, bfloat16 or float16, accumulated in float32
+    (float64 with the reference). Any memory layout whose last dimension has stride 1 is used in place; any
+    other is copied first. Under autocast the inputs are cast to autocast's dtype. Differentiable once in all
+    four tensors (the reference: any number of times).
+
+    Returns:
+        ``y (B, H, W, D, C)`` of ``x``'s dtype.
+
+    Raises:
+        TypeError: an argument is of the wrong type or of an unsupported dtype.
+        ValueError: shapes, devices or options do not fit together.
+        RuntimeError: ``backend="cupy"`` cannot run here.
+    """
+    _check(x, weight, lam, u, directions, chunk_size, backend)
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        x, weight, lam = x.to(dtype), weight.to(dtype), lam.to(dtype)
+        u = None if u is None else u.to(dtype)
+    _check_dtypes(x, weight, lam, u)
+    if _choose_backend(backend, x) == "reference":
+        return line_scan_reference(x, weight, lam, u, directions, chunk_size, normalize)
+    codes = [DIRECTIONS.index(name) for name in directions]
+    tensors = (x, weight, lam) if u is None else (x, weight, lam, u)
+    save_state = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    y, _ = cupy_backend.line_scan_forward(x, weight, lam, u, codes, chunk_size or 0, normalize, save_state)
+    return y
+
+
+def _choose_backend(backend: str, x: Tensor) -> str:
+    if backend == "reference":
+        return "reference"
+    if backend == "cupy":
+        if x.device.type != "cuda":
+            raise ValueError(f"backend='cupy' needs tensors on a CUDA device, got device {str(x.device)!r}")
+        if x.dtype not in _KERNEL_DTYPES:
+            raise TypeError(f"backend='cupy' takes float32, bfloat16 or float16, got {x.dtype}")
+        usable, reason = cupy_backend.availability()
+        if not usable:
+            raise RuntimeError(f"backend='cupy' cannot run: {reason}")
+        return "cupy"
+    choice, why = _auto_choice(x.device.type, x.dtype)
+    _announce(choice, why)
+    return choice
+
+
+def _auto_choice(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
+    if device_type != "cuda":
+        return "reference", f"the tensors are on device type {device_type!r}"
+    if dtype not in _KERNEL_DTYPES:
+        return "reference", f"the kernels do not take {dtype}"
+    usable, reason = cupy_backend.availability()
+    return ("cupy", reason) if usable else ("reference", reason)
+
+
+_announced: set[tuple[str, str]] = set()
+
+
+@torch.compiler.disable
+def _log_choice(choice: str, why: str) -> None:
+    level = logging.WARNING if choice == "reference" and torch.cuda.is_available() else logging.INFO
+    logger.log(level, "line_scan backend: %s (%s)", choice, why)
+
+
+def _announce(choice: str, why: str) -> None:
+    if torch.compiler.is_compiling() or (choice, why) in _announced:
+        return
+    _announced.add((choice, why))
+    _log_choice(choice, why)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    lam: Tensor,
+    u: Tensor | None,
+    directions: Sequence[str],
+    chunk_size: int | None,
+    backend: str,
+) -> None:
+    for name, tensor in (("x", x), ("weight", weight), ("lam", lam), ("u", u)):
+        if not isinstance(tensor, Tensor) and not (name == "u" and tensor is None):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    _check_directions(directions)
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"chunk_size must be None or an integer >= 1, got {chunk_size!r}")
+    _check_shapes(x, weight, lam, u, len(directions))
+    for name, tensor in (("weight", weight), ("lam", lam), ("u", u)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}; use one device")
+
+
+def _check_directions(directions: Sequence[str]) -> None:
+    allowed = isinstance(directions, (tuple, list)) and all(name in DIRECTIONS for name in directions)
+    if not allowed or not directions or len(set(directions)) != len(directions):
+        raise ValueError(f"directions must name some of {DIRECTIONS}, each once, got {directions!r}")
+
+
+def _check_shapes(x: Tensor, weight: Tensor, lam: Tensor, u: Tensor | None, count: int) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"x must have shape (B, H, W, C), got {tuple(x.shape)}")
+    batch, height, width, channels = x.shape
+    if min(height, width, channels) < 1:
+        raise ValueError(f"x must have H, W and C of at least 1, got {tuple(x.shape)}")
+    gate = (batch, height, width, count, channels)
+    for name, tensor in (("lam", lam), ("u", u)):
+        if tensor is not None and tuple(tensor.shape) != gate:
+            raise ValueError(f"{name} must have shape (B, H, W, D, C) = {gate}, got {tuple(tensor.shape)}")
+    shape = tuple(weight.shape)
+    if len(shape) != 6 or shape[:4] != gate[:4] or shape[5] != 3:
+        raise ValueError(f"weight must have shape (B, H, W, D, G, 3) = {gate[:4] + ('G', 3)}, got {shape}")
+    if shape[4] < 1 or channels % shape[4]:
+        raise ValueError(f"weight has G = {shape[4]} groups, which must divide the {channels} channels of x")
+
+
+def _check_dtypes(x: Tensor, weight: Tensor, lam: Tensor, u: Tensor | None) -> None:
+    if x.dtype not in _REFERENCE_DTYPES:
+        raise TypeError(f"x has dtype {x.dtype}; supported are float32, bfloat16, float16 (and float64, reference)")
+    for name, tensor in (("weight", weight), ("lam", lam), ("u", u)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}, but x has {x.dtype}; use one dtype")
