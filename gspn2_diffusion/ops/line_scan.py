@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gspn2_diffusion.ops import cupy_backend
 from gspn2_diffusion.ops.reference import line_scan_reference
+from gspn2_diffusion.ops.torch_library import line_scan_forward
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def line_scan(
     codes = [DIRECTIONS.index(name) for name in directions]
     tensors = (x, weight, lam) if u is None else (x, weight, lam, u)
     save_state = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    y, _ = cupy_backend.line_scan_forward(x, weight, lam, u, codes, chunk_size or 0, normalize, save_state)
+    y, _ = line_scan_forward(x, weight, lam, u, codes, chunk_size or 0, normalize, save_state)
     return y
 
 
