@@ -1,0 +1,96 @@
+"""Words for emoji pictures: what a person would type for the drawn thing, and for its style."""
+
+from __future__ import annotations
+
+import random
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gspn2_diffusion.training.emoji import EmojiRecord
+
+STYLE_WORDS = {
+    "3d": "3d style",
+    "flat": "flat style",
+    "noto": "noto style",
+    "blob": "blob style",
+    "twemoji": "twemoji style",
+    "emojione": "emojione style",
+    "firefox-os": "firefox os style",
+    "streamline": "streamline style",
+}
+
+NAME_SHARE = 0.65  # how often the name itself is used when there are aliases
+ARTICLE_SHARE = 0.8  # how often a phrase that takes an article gets one
+
+# Heads that take no "a": stuff, plurals without -s, and names of single things.
+_BARE_HEADS_TEXT = """
+    bacon bread rice ice fire popcorn money salt butter broccoli garlic lightning poo sushi tempura
+    cheese chocolate candy honey milk tea sake coffee wine beer juice water fog rain snow wind smoke
+    sweat wood corn ginger edamame seaweed grass music ramen spaghetti noodles noodle soup thunder magic
+    art food dynamite confetti baseball softball basketball volleyball tennis bowling badminton hockey
+    lacrosse golf karate judo boxing yarn jewelry fuji zzz hay mate falafel people skis luggage scissors
+    chess bubbles beans tofu pasta shopping pizza-dough hot-dogs planet-earth traffic parachuting rugby
+    skating football hail darts cricket soil wheat herb-leaves
+"""
+_BARE_HEADS = frozenset(_BARE_HEADS_TEXT.split())
+# Single things although they end in -s, and things counted although listed as stuff elsewhere.
+_SINGULAR_TEXT = """
+    bus cactus octopus walrus hibiscus lotus tennis-racquet compass abacus virus cross glass mattress
+    rhinoceros hippopotamus tyrannosaurus platypus asparagus christmas grass dress princess atlas canvas
+    kiss moss chess albatross brass albus sphinx press bass genius iris citrus
+"""
+_SINGULAR = frozenset(_SINGULAR_TEXT.split())
+_AN = re.compile(
+    r"(?!uni|euro|one\b|once|use|user|ufo|uk|u-|ukulele)[aeiou]|hour|honest|heir|x-ray|sos\b|atm\b|mri"
+)
+_HEAD_END = re.compile(
+    r",| (?:of|with|without|in|on|at|over|from|behind|under|for|showing|facing|to|and|holding|blowing|by)\b"
+)
+_OWN_ARTICLE = re.compile(
+    r"(?:a|an|the|two|three|one|some|pair of|mount|statue of liberty|tokyo|santa claus)\b"
+)
+
+
+def article(phrase: str) -> str:
+    """The indefinite article that `phrase` takes: "a", "an" or "" (plurals, stuff, names)."""
+    words = phrase.lower().strip()
+    if not words or _OWN_ARTICLE.match(words):
+        return ""
+    head = _HEAD_END.split(words, maxsplit=1)[0].split()[-1].strip("'’!?.")
+    if head in _BARE_HEADS or _is_plural(head):
+        return ""
+    return "an" if _AN.match(words) else "a"
+
+
+def _is_plural(word: str) -> bool:
+    return word.endswith("s") and not word.endswith(("ss", "'s", "’s")) and word not in _SINGULAR
+
+
+def with_article(phrase: str) -> str:
+    """`phrase` behind its article: "owl" -> "an owl", "grapes" -> "grapes"."""
+    found = article(phrase)
+    return f"{found} {phrase}" if found else phrase
+
+
+def object_phrase(record: EmojiRecord, rng: random.Random) -> str:
+    """Words for the drawn thing as people type them: "a red apple", "red apple", "an owl", "smile".
+
+    Mostly the name, otherwise an alias (the first ones, being the most usual, more often); mostly with
+    its article.
+    """
+    words = record.name
+    if record.aliases and rng.random() >= NAME_SHARE:
+        words = record.aliases[min(int(rng.expovariate(1.0)), len(record.aliases) - 1)]
+    return with_article(words) if rng.random() < ARTICLE_SHARE else words
+
+
+def style_phrase(style: str) -> str:
+    """The words that name a style in prompts: "firefox-os" -> "firefox os style".
+
+    Raises:
+        ValueError: the style is unknown.
+    """
+    if style not in STYLE_WORDS:
+        raise ValueError(f"`style` is {style!r}; allowed: {', '.join(STYLE_WORDS)}")
+    return STYLE_WORDS[style]
