@@ -15,8 +15,8 @@ ROTARY_BASE = 10000.0
 def axial_rotary_angles(height: int, width: int, head_dim: int, device: torch.device) -> torch.Tensor:
     """Rotation angles for a picture's tokens, computed in the graph so that any size compiles.
 
-    The first half of the angles turns with the row, the second with the column (RoPE, arXiv 2104.09864, once per
-    axis).
+    The first half of the angles turns with the row, the second with the column (RoPE, arXiv 2104.09864,
+    once per axis).
 
     Returns:
         float32 ``(height*width, head_dim // 2)``, radians, row-major like the tokens.
@@ -31,7 +31,7 @@ def axial_rotary_angles(height: int, width: int, head_dim: int, device: torch.de
 
 
 def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Turn the channel pairs ``(i, i + d/2)`` of ``x (B, heads, N, d)`` by ``angles (N, d/2)``; float32 inside."""
+    """Turn channel pairs ``(i, i + d/2)`` of ``x (B, heads, N, d)`` by ``angles (N, d/2)``, in float32."""
     first, second = x.float().chunk(2, dim=-1)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
@@ -69,7 +69,7 @@ class ReLULinearAttnProcessor:
 
     def __call__(self, attn: Attention, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
         query, key, value = _project(attn, hidden_states)
-        # Autocast would put these products back to half precision, where sums over many tokens lose everything.
+        # Autocast would put these products back to half precision, too coarse for sums over many tokens.
         with torch.autocast(device_type=query.device.type, enabled=False):
             q, k, v = F.relu(query).float(), F.relu(key).float(), value.float()
             numerator = q @ (k.transpose(-1, -2) @ v)
@@ -83,9 +83,9 @@ class AttentionMixer(Attention):
 
     Args:
         dim: channels of the tokens.
-        heads: number of heads; must divide ``dim``, and leave a multiple of 4 channels per head for "softmax".
-        kind: "softmax" (scaled dot product, axial rotary embedding) or "linear" (ReLU linear attention; like Sana's
-            it has no positional embedding and relies on the convolution beside it).
+        heads: number of heads; must divide ``dim``, and leave a multiple of 4 channels each for "softmax".
+        kind: "softmax" (scaled dot product, axial rotary embedding) or "linear" (ReLU linear attention;
+            like Sana's it has no positional embedding and relies on the convolution beside it).
 
     Raises:
         ValueError: an argument out of range.
@@ -115,10 +115,10 @@ class AttentionMixer(Attention):
 
 
 def make_cross_attention(dim: int, inner_dim: int, heads: int) -> nn.Module:
-    """diffusers' ``Attention`` from picture tokens to text tokens, both ``dim`` wide, ``inner_dim`` wide inside.
+    """diffusers' ``Attention`` from picture tokens to text tokens: ``dim`` wide, ``inner_dim`` inside.
 
-    Called as ``attn(hidden_states, encoder_hidden_states=..., attention_mask=...)`` with the mask an additive bias
-    ``(B, 1, L)``. Queries and keys are RMS-normalised per head.
+    Called as ``attn(hidden_states, encoder_hidden_states=..., attention_mask=...)`` with the mask an
+    additive bias ``(B, 1, L)``. Queries and keys are RMS-normalised per head.
 
     Raises:
         ValueError: ``heads`` does not divide ``inner_dim``.

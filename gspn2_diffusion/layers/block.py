@@ -42,9 +42,9 @@ def make_mixer(
 class GSPN2TransformerBlock(nn.Module):
     """Mixer, cross-attention to text, local perception unit and SwiGLU feed-forward, each a residual.
 
-    The mixer and the feed-forward are modulated and gated by adaLN-single; the cross-attention and the local
-    perception unit are not. Every LayerNorm is without parameters. A block whose mixer is "none" skips the mixer's
-    residual altogether.
+    The mixer and the feed-forward are modulated and gated by adaLN-single; the cross-attention and the
+    local perception unit are not. Every LayerNorm is without parameters. A block whose mixer is "none"
+    skips the mixer's residual altogether.
 
     Args:
         dim: channels C of the tokens.

@@ -12,8 +12,8 @@ NUM_FREQUENCIES = 256
 class TimestepTextEmbedding(nn.Module):
     """Timestep, and optionally a pooled text vector, to the shared modulation of all blocks.
 
-    adaLN-single (PixArt-alpha, arXiv 2310.00426, section 2.3): the six modulation vectors are projected once for the
-    whole model; each block adds a table of its own.
+    adaLN-single (PixArt-alpha, arXiv 2310.00426, section 2.3): the six modulation vectors are projected
+    once for the whole model; each block adds a table of its own.
 
     Args:
         dim: channels of the tokens.
@@ -35,8 +35,8 @@ class TimestepTextEmbedding(nn.Module):
     def forward(
         self, timestep: torch.Tensor, pooled_projections: torch.Tensor | None, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``timestep (B,)`` in [0, 1000], ``pooled_projections (B, P)`` -> modulation ``(B, 6*dim)``, embedding
-        ``(B, dim)``. The sinusoids are float32; everything after them is in ``dtype``."""
+        """``timestep (B,)`` and ``pooled_projections (B, P)`` to the modulation ``(B, 6*dim)`` and the
+        embedding ``(B, dim)``. The sinusoids are float32; everything after them is in ``dtype``."""
         embedded = self.timestep_embedder(self.time_proj(timestep).to(dtype))
         if self.text_embedder is not None:
             embedded = embedded + self.text_embedder(pooled_projections)

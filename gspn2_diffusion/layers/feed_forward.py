@@ -10,9 +10,10 @@ _HIDDEN_MULTIPLE = 32
 
 
 class LocalPerceptionUnit(nn.Module):
-    """``x + depthwise_3x3(x)`` on the picture grid (the paper's local perception unit, from CMT, arXiv 2107.06263).
+    """``x + depthwise_3x3(x)`` on the picture grid (CMT, arXiv 2107.06263; used by the GSPN papers).
 
-    The convolution sees the tokens as a channels-last ``(B, C, H, W)`` view, so nothing is transposed in memory.
+    The convolution sees the tokens as a channels-last ``(B, C, H, W)`` view: nothing is transposed in
+    memory.
 
     Args:
         dim: channels of the tokens.
@@ -32,7 +33,7 @@ class LocalPerceptionUnit(nn.Module):
 
 
 def feed_forward_width(dim: int, mlp_ratio: float) -> int:
-    """Hidden width of the feed-forward: ``dim * mlp_ratio`` rounded to the nearest multiple of 32, at least 32."""
+    """Hidden width of the feed-forward: the multiple of 32 (at least 32) nearest to ``dim * mlp_ratio``."""
     return max(1, round(dim * mlp_ratio / _HIDDEN_MULTIPLE)) * _HIDDEN_MULTIPLE
 
 

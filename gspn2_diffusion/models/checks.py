@@ -43,7 +43,7 @@ def mixer_per_layer(mixer: str | list[str], num_layers: int) -> list[str]:
             raise ValueError(f"mixer must be one of {MIXERS} or a list of them, got {name!r}.")
     if len(names) != num_layers:
         raise ValueError(
-            f"mixer as a list must have one name per layer: got {len(names)} names for num_layers={num_layers}."
+            f"mixer as a list must have one name per layer, got {len(names)} for num_layers={num_layers}."
         )
     return names
 
@@ -56,7 +56,8 @@ def check_config(config: dict[str, Any]) -> None:
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     if "softmax" in names and config["attention_head_dim"] % 4:
         raise ValueError(
-            f"attention_head_dim must be a multiple of 4 for a softmax mixer, got {config['attention_head_dim']}."
+            f"attention_head_dim must be a multiple of 4 for a softmax mixer, "
+            f"got {config['attention_head_dim']}."
         )
     proxy_dim = config["proxy_dim"] or max(1, dim // 8)
     if "gspn2" in names and proxy_dim % config["num_weight_groups"]:
@@ -110,7 +111,8 @@ def check_inputs(
     mask = encoder_attention_mask
     if mask is not None and mask.shape != text[:2]:
         raise ValueError(
-            f"encoder_attention_mask must be {tuple(text[:2])} like encoder_hidden_states, got {tuple(mask.shape)}."
+            f"encoder_attention_mask must be {tuple(text[:2])} like encoder_hidden_states, "
+            f"got {tuple(mask.shape)}."
         )
     _check_pooled(config.pooled_projection_dim, batch, pooled_projections)
 
@@ -119,7 +121,7 @@ def _check_pooled(pooled_dim: int | None, batch: int, pooled_projections: torch.
     if pooled_dim is None:
         if pooled_projections is not None:
             raise ValueError(
-                "pooled_projections must be None for a model whose configuration has pooled_projection_dim=None."
+                "pooled_projections must be None: this model's configuration has pooled_projection_dim=None."
             )
         return
     if pooled_projections is None:

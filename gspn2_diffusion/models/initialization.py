@@ -13,9 +13,10 @@ from gspn2_diffusion.layers.mixer import GSPN2Mixer
 def initialize_weights(model: nn.Module) -> None:
     """adaLN-zero (DiT, arXiv 2212.09748): every residual and the output start at exactly zero.
 
-    Linear layers are Xavier-uniform with zero bias; the timestep's are normal(0, 0.02). The mixers then set their
-    own start (see :class:`GSPN2Mixer`). Zero are the modulation (projection and tables, hence all gates), the
-    output projections of the cross-attention, the local perception units and the final projection.
+    Linear layers are Xavier-uniform with zero bias; the timestep's are normal(0, 0.02). The mixers then
+    set their own start (see :class:`GSPN2Mixer`). Zero are the modulation (projection and tables, hence
+    all gates), the output projections of the cross-attention, the local perception units and the final
+    projection.
 
     Args:
         model: a ``GSPN2Transformer2DModel``; meta tensors are fine.

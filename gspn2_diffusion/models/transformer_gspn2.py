@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -29,8 +29,9 @@ _MASKED = -10000.0
 class GSPN2Transformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     r"""A DiT with GSPN-2 line scans in place of self-attention, conditioned on text tokens and a timestep.
 
-    Any picture size that ``patch_size`` divides works, square or not, with the same weights: there is no positional
-    embedding. With ``mixer="softmax"`` the same model is the attention baseline of equal width and depth.
+    Any picture size that ``patch_size`` divides works, square or not, with the same weights: there is no
+    positional embedding. With ``mixer="softmax"`` the same model is the attention baseline of equal width
+    and depth.
 
     Args:
         sample_size: latent height and width the model was trained for; pipelines take it as the default size.
@@ -44,7 +45,7 @@ class GSPN2Transformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapt
         cross_attention_inner_dim: width inside the cross-attention; the model's width by default.
         caption_channels: channels of ``encoder_hidden_states``.
         pooled_projection_dim: channels of ``pooled_projections``; None for a model that takes none.
-        mlp_ratio: hidden width of the SwiGLU feed-forward over the model's width (rounded to a multiple of 32).
+        mlp_ratio: hidden width of the SwiGLU feed-forward over the model's (rounded to a multiple of 32).
         mixer: "gspn2", "softmax", "linear" or "none" for all layers, or a list with one of them per layer.
         proxy_dim: channels in which the scan runs; an eighth of the width by default.
         num_weight_groups: weight sets per scan direction; 1 is GSPN-2, ``proxy_dim`` is GSPN-1.
@@ -57,10 +58,16 @@ class GSPN2Transformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapt
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["GSPN2TransformerBlock"]
-    _repeated_blocks = ["GSPN2TransformerBlock"]
-    # The scan's gates and weights feed a recurrence over hundreds of lines: storing them in 8 bits would compound.
-    _skip_layerwise_casting_patterns = ["patch_embed", "time_embed", "norm", "to_scan", "^proj_out$"]
+    _no_split_modules: ClassVar[list[str]] = ["GSPN2TransformerBlock"]
+    _repeated_blocks: ClassVar[list[str]] = ["GSPN2TransformerBlock"]
+    # The scan's gates and weights feed a recurrence over hundreds of lines, where 8-bit errors compound.
+    _skip_layerwise_casting_patterns: ClassVar[list[str]] = [
+        "patch_embed",
+        "time_embed",
+        "norm",
+        "to_scan",
+        "^proj_out$",
+    ]
 
     @register_to_config
     def __init__(
@@ -133,10 +140,10 @@ class GSPN2Transformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapt
             hidden_states: latents ``(B, in_channels, H, W)``; H and W multiples of ``patch_size``.
             timestep: ``(B,)`` or a single value, in [0, 1000], integer or floating point.
             encoder_hidden_states: text tokens ``(B, L, caption_channels)``.
-            encoder_attention_mask: ``(B, L)``, bool, integer or floating point, 1 for tokens to attend to; None for
-                all of them.
-            pooled_projections: pooled text ``(B, pooled_projection_dim)``; required exactly when the configuration
-                has a ``pooled_projection_dim``.
+            encoder_attention_mask: ``(B, L)``, bool, integer or floating point, 1 for tokens to attend to;
+                None for all of them.
+            pooled_projections: pooled text ``(B, pooled_projection_dim)``; required exactly when the
+                configuration has a ``pooled_projection_dim``.
             attention_kwargs: ``{"scale": s}`` multiplies the LoRA layers by ``s`` for this call.
             return_dict: return a ``Transformer2DModelOutput`` instead of a tuple.
 
