@@ -1,0 +1,125 @@
+"""Where a model's name leads: the models inside the package, and checks of local folders before loading."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+import gspn2_diffusion.checkpoints
+
+EMBEDDED_MODELS = ("gspn2-emoji",)
+INDEX_NAME = "model_index.json"
+
+
+def embedded_model_folder(name: str) -> Path:
+    """The folder of a model that ships inside the package."""
+    return Path(next(iter(gspn2_diffusion.checkpoints.__path__))) / name
+
+
+def resolve_model(name: str | os.PathLike[str]) -> str:
+    """Turns an embedded model's name into its folder; every other name is returned as it came.
+
+    A local folder of the same name wins, as it does for any other name in diffusers.
+
+    Raises:
+        TypeError: ``name`` is neither a string nor a path.
+        FileNotFoundError: ``name`` can only be a local path (absolute, starting with ``.`` or ``~``, a
+            ``Path``, or more than one separator) and there is no such folder.
+    """
+    if not isinstance(name, (str, os.PathLike)):
+        raise TypeError(
+            f"`pretrained_model_name_or_path` must be a string or a path, got {type(name).__name__}"
+        )
+    text = os.fspath(name)
+    if os.path.isdir(text):
+        return text
+    if text in EMBEDDED_MODELS:
+        folder = embedded_model_folder(text)
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"`pretrained_model_name_or_path`={text!r} is the model inside the package, but its folder "
+                f"{folder} is missing; reinstall gspn2-diffusion"
+            )
+        return str(folder)
+    if _only_local(name, text):
+        raise FileNotFoundError(
+            f"`pretrained_model_name_or_path`={text!r}: no such folder; looked for {os.path.abspath(text)} "
+            f"holding {INDEX_NAME}. Allowed are a pipeline folder, a Hub id 'owner/name', or the embedded "
+            f"{', '.join(map(repr, EMBEDDED_MODELS))}"
+        )
+    return text
+
+
+def _only_local(name: str | os.PathLike[str], text: str) -> bool:
+    return (
+        isinstance(name, os.PathLike)
+        or os.path.isabs(text)
+        or text.startswith((".", "~"))
+        or "\\" in text
+        or text.count("/") > 1
+        or text.endswith("/")
+    )
+
+
+def check_model_folder(folder: str, passed: Collection[str] = ()) -> None:
+    """Reads the index and the safetensors headers of a pipeline folder, so that damage shows before loading.
+
+    Args:
+        folder: An existing local folder.
+        passed: Components handed over as objects, so their sub-folders are not needed.
+
+    Raises:
+        FileNotFoundError: The index or a component's sub-folder is missing.
+        OSError: The index is not a JSON object, or a safetensors file is damaged or cut short.
+    """
+    for component in _components(read_index(folder)):
+        if component in passed:
+            continue
+        sub_folder = Path(folder) / component
+        if not sub_folder.is_dir():
+            raise FileNotFoundError(
+                f"model folder {folder!r}: {INDEX_NAME} names the component {component!r}, "
+                f"but the sub-folder {sub_folder} is missing"
+            )
+        for file in sorted(sub_folder.glob("*.safetensors")):
+            _check_safetensors(file)
+
+
+def read_index(folder: str) -> dict[str, Any]:
+    """``model_index.json`` of a pipeline folder as a dictionary; raises as :func:`check_model_folder`."""
+    path = Path(folder) / INDEX_NAME
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"model folder {folder!r} is not a pipeline folder: {INDEX_NAME} is missing; looked for {path}"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise OSError(f"model folder {folder!r} is damaged: {path} is not valid JSON ({error})") from error
+    if not isinstance(index, dict) or "_class_name" not in index:
+        raise OSError(
+            f"model folder {folder!r} is damaged: {path} does not describe a pipeline (no _class_name)"
+        )
+    return index
+
+
+def _components(index: dict[str, Any]) -> list[str]:
+    """Names that the index gives as ``[library, class]``, both set."""
+    return [
+        name
+        for name, value in index.items()
+        if not name.startswith("_") and isinstance(value, list) and len(value) == 2 and all(value)
+    ]
+
+
+def _check_safetensors(file: Path) -> None:
+    try:
+        with safe_open(str(file), framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise OSError(f"the weights file {file} is damaged or cut short ({error})") from error
