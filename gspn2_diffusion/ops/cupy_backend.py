@@ -213,7 +213,9 @@ def _make_plan(x: Tensor, groups: int, directions: list[int], chunk: int, vec: i
     chunks = -(-longest_scan // chunk)
     grid = channel_slices * group_slices * chunks * len(directions) * batch
     if grid > _MAX_GRID:
-        raise ValueError(f"x of shape {tuple(x.shape)} needs {grid} blocks, more than the {_MAX_GRID} of a launch")
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} needs {grid} blocks, more than the {_MAX_GRID} of a launch"
+        )
     per_position = lanes * group_lanes
     return _Plan(
         vec=vec,

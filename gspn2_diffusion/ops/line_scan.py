@@ -174,7 +174,9 @@ def _check_shapes(x: Tensor, weight: Tensor, lam: Tensor, u: Tensor | None, coun
 
 def _check_dtypes(x: Tensor, weight: Tensor, lam: Tensor, u: Tensor | None) -> None:
     if x.dtype not in _REFERENCE_DTYPES:
-        raise TypeError(f"x has dtype {x.dtype}; supported are float32, bfloat16, float16 (and float64, reference)")
+        raise TypeError(
+            f"x has dtype {x.dtype}; supported are float32, bfloat16, float16 (and float64, reference)"
+        )
     for name, tensor in (("weight", weight), ("lam", lam), ("u", u)):
         if tensor is not None and tensor.dtype != x.dtype:
             raise TypeError(f"{name} has dtype {tensor.dtype}, but x has {x.dtype}; use one dtype")
