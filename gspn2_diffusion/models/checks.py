@@ -101,6 +101,8 @@ def check_inputs(
             f"hidden_states must have a height and width that patch_size={config.patch_size} divides, "
             f"got {height} x {width}."
         )
+    if not isinstance(timestep, torch.Tensor):
+        raise TypeError(f"timestep must be a tensor, got {type(timestep).__name__}.")
     if timestep.numel() != batch and timestep.numel() != 1:
         raise ValueError(f"timestep must be a single value or ({batch},), got shape {tuple(timestep.shape)}.")
     text = encoder_hidden_states.shape

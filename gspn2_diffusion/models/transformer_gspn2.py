@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -26,7 +26,9 @@ from gspn2_diffusion.models.initialization import initialize_weights
 _MASKED = -10000.0
 
 
-class GSPN2Transformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
+class GSPN2Transformer2DModel(  # type: ignore[misc]
+    ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin
+):
     r"""A DiT with GSPN-2 line scans in place of self-attention, conditioned on text tokens and a timestep.
 
     Any picture size that ``patch_size`` divides works, square or not, with the same weights: there is no
@@ -58,10 +60,10 @@ class GSPN2Transformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapt
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["GSPN2TransformerBlock"]
-    _repeated_blocks: ClassVar[list[str]] = ["GSPN2TransformerBlock"]
+    _no_split_modules = ["GSPN2TransformerBlock"]  # type: ignore[assignment]  # noqa: RUF012
+    _repeated_blocks = ["GSPN2TransformerBlock"]  # noqa: RUF012
     # The scan's gates and weights feed a recurrence over hundreds of lines, where 8-bit errors compound.
-    _skip_layerwise_casting_patterns: ClassVar[list[str]] = [
+    _skip_layerwise_casting_patterns = [  # type: ignore[assignment]  # noqa: RUF012
         "patch_embed",
         "time_embed",
         "norm",
@@ -95,6 +97,7 @@ class GSPN2Transformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapt
         check_config(dict(self.config))
         dim = num_attention_heads * attention_head_dim
         self.inner_dim = dim
+        self.patch_size = patch_size
         self.out_channels = in_channels if out_channels is None else out_channels
 
         self.patch_embed = nn.Linear(patch_size * patch_size * in_channels, dim)
@@ -161,7 +164,7 @@ class GSPN2Transformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapt
             encoder_attention_mask,
             pooled_projections,
         )
-        patch = self.config.patch_size
+        patch = self.patch_size
         height, width = hidden_states.shape[-2] // patch, hidden_states.shape[-1] // patch
         timestep = timestep.reshape(-1).expand(hidden_states.shape[0])
 
@@ -173,7 +176,7 @@ class GSPN2Transformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapt
         for block in self.transformer_blocks:
             arguments = (hidden_states, encoder_hidden_states, bias, temb, height, width)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, *arguments)
+                hidden_states = self._gradient_checkpointing_func(block, *arguments)  # type: ignore[misc]
             else:
                 hidden_states = block(*arguments)
 
@@ -205,13 +208,13 @@ class GSPN2Transformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapt
 
     def _patchify(self, latents: torch.Tensor) -> torch.Tensor:
         """``(B, c, h*p, w*p)`` -> ``(B, h*w, p*p*c)``."""
-        patch = self.config.patch_size
+        patch = self.patch_size
         latents = latents.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, c, h, p, w, p)
         return latents.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
     def _unpatchify(self, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """``(B, h*w, p*p*c)`` -> ``(B, c, h*p, w*p)``, contiguous."""
-        patch = self.config.patch_size
+        patch = self.patch_size
         picture = tokens.unflatten(1, (height, width)).unflatten(-1, (patch, patch, -1))  # (B, h, w, p, p, c)
         return picture.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
