@@ -31,7 +31,7 @@ def make_inputs(
     with_u: bool = True,
     normalize: bool = True,
 ) -> dict[str, Tensor | None]:
-    """Random leaf tensors that require gradients; for ``normalize=False`` the weights keep the scan stable."""
+    """Random leaf tensors with gradients; without ``normalize`` the weights keep the scan stable."""
     g = torch.Generator().manual_seed(seed)
     gate = (batch, height, width, directions, channels)
 

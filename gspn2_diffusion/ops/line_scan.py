@@ -44,7 +44,8 @@ def line_scan(
     Args:
         x: ``(B, H, W, C)`` input, shared by the directions.
         weight: ``(B, H, W, D, G, 3)`` raw coefficients for the neighbours ``p-1, p, p+1`` on the previous
-            line. ``C % G == 0``; channel ``c`` uses group ``c // (C // G)``: ``G=1`` is GSPN-2, ``G=C`` GSPN-1.
+            line. ``C % G == 0``; channel ``c`` uses group ``c // (C // G)``: ``G=1`` is GSPN-2, ``G=C``
+            GSPN-1.
         lam: ``(B, H, W, D, C)`` input gate.
         u: ``(B, H, W, D, C)`` output gate, or None for 1.
         directions: which scans, each at most once; ``D = len(directions)``.
@@ -167,7 +168,7 @@ def _check_shapes(x: Tensor, weight: Tensor, lam: Tensor, u: Tensor | None, coun
             raise ValueError(f"{name} must have shape (B, H, W, D, C) = {gate}, got {tuple(tensor.shape)}")
     shape = tuple(weight.shape)
     if len(shape) != 6 or shape[:4] != gate[:4] or shape[5] != 3:
-        raise ValueError(f"weight must have shape (B, H, W, D, G, 3) = {gate[:4] + ('G', 3)}, got {shape}")
+        raise ValueError(f"weight must have shape (B, H, W, D, G, 3) = {(*gate[:4], 'G', 3)}, got {shape}")
     if shape[4] < 1 or channels % shape[4]:
         raise ValueError(f"weight has G = {shape[4]} groups, which must divide the {channels} channels of x")
 

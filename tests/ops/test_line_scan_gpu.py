@@ -235,9 +235,7 @@ def test_compile_fullgraph(with_u):
 
 def test_explicit_backend_is_never_replaced():
     inputs = make_inputs(1, 4, 4, 2, device="cuda", dtype=torch.float64)
-    with pytest.raises(
-        TypeError, match="backend='cupy' takes float32, bfloat16 or float16, got torch.float64"
-    ):
+    with pytest.raises(TypeError, match=r"backend='cupy' takes .* got torch\.float64"):
         line_scan(**inputs, backend="cupy")
     assert line_scan(**inputs, backend="auto").dtype == torch.float64
 
