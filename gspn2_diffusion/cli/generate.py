@@ -1,0 +1,293 @@
+"""``gspn2 generate``: one prompt, one or several pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import math
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+import typer
+
+from gspn2_diffusion import __version__
+from gspn2_diffusion.cli import defaults, options
+from gspn2_diffusion.cli.console import (
+    CliError,
+    UsageError,
+    describe,
+    err_console,
+    fast_imports,
+    quiet_libraries,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+    from gspn2_diffusion.pipelines.pipeline_gspn2 import GSPN2Pipeline
+    from gspn2_diffusion.png_metadata import GenerationSettings
+
+MAX_SEED = 2**63 - 1
+MAX_RANDOM_SEED = 2**32 - 1
+MAX_COUNT = 9999
+
+
+@dataclass(frozen=True)
+class Request:
+    """The checked command line."""
+
+    prompt: str
+    negative: str
+    model: str
+    paths: list[Path]
+    steps: int
+    guidance: float
+    seed: int
+    height: int | None
+    width: int | None
+    device: str
+    dtype: str
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw.", show_default=False)],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="PNG file to write. Missing folders are made, an existing file is replaced. "
+            "With --count, out.png becomes out-0001.png, out-0002.png, ...",
+            show_default=False,
+        ),
+    ],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="An embedded model, a folder, or a Hub id 'owner/name'.")
+    ] = defaults.MODEL,
+    steps: Annotated[int, typer.Option("--steps", min=1, max=1000, help="Denoising steps.")] = defaults.STEPS,
+    guidance: Annotated[
+        float, typer.Option("--guidance", help="How strictly to follow the prompt; 1 switches guidance off.")
+    ] = defaults.GUIDANCE,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed",
+            min=0,
+            max=MAX_SEED,
+            help="Same seed, same picture. Random (and recorded in the file) when not given.",
+            show_default=False,
+        ),
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option("--height", min=1, help="Pixels; the model's own size by default.")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option("--width", min=1, help="Pixels; the model's own size by default.")
+    ] = None,
+    count: Annotated[
+        int, typer.Option("--count", "-n", min=1, max=MAX_COUNT, help="Pictures; picture k uses seed + k.")
+    ] = 1,
+    negative: Annotated[str, typer.Option("--negative", help="What to keep out.", show_default=False)] = "",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="auto (bf16 on a GPU that has it, else fp32), fp32, bf16 or fp16.")
+    ] = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no file names.")] = False,
+    debug: options.DebugOption = False,
+) -> None:
+    """Draw PROMPT into a PNG file.
+
+    The file carries its settings, so the same command draws the same picture. Each file's name is written to
+    standard output when the picture is finished.
+    """
+    request = Request(
+        prompt=_check_prompt(prompt),
+        negative=options.check_text("--negative", negative),
+        model=options.check_text("--model", model),
+        paths=options.output_paths(output, count),
+        steps=steps,
+        guidance=_check_guidance(guidance),
+        seed=_check_seed(seed, count),
+        height=height,
+        width=width,
+        device=options.check_device_name(device),
+        dtype=options.check_dtype(dtype),
+    )
+    options.check_writable(request.paths)
+    with quiet_libraries(), _progress(quiet) as show:
+        for path in _draw(request, show):
+            if not quiet:
+                typer.echo(str(path))
+
+
+def _check_prompt(prompt: str) -> str:
+    if not prompt.strip():
+        raise UsageError("PROMPT is empty; say what to draw")
+    return options.check_text("PROMPT", prompt)
+
+
+def _check_guidance(guidance: float) -> float:
+    if not math.isfinite(guidance) or guidance < 0:
+        raise UsageError(f"--guidance must be a number >= 0, got {guidance}")
+    return guidance
+
+
+def _check_seed(seed: int | None, count: int) -> int:
+    if seed is None:
+        return secrets.randbelow(MAX_RANDOM_SEED + 1)
+    if seed + count - 1 > MAX_SEED:
+        raise UsageError(f"--seed {seed} + --count {count} passes the largest seed, {MAX_SEED}")
+    return seed
+
+
+class Show(Protocol):
+    """What is being done and how far; ``total`` is None while it is not known how long it takes."""
+
+    def __call__(self, what: str, done: int, total: int | None) -> None: ...
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool) -> Iterator[Show]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = err_console()
+    # A file or a pipe gets no bar, so that an error stays the only line on stderr.
+    off = quiet or not console.is_terminal
+    with Progress(*columns, console=console, disable=off, transient=True) as progress:
+        task = progress.add_task("starting", total=None)
+
+        def show(what: str, done: int, total: int | None) -> None:
+            if total is not None and done == 0:
+                progress.reset(task, total=total)
+            progress.update(task, description=what, completed=done, total=total)
+
+        yield show
+
+
+def _draw(request: Request, show: Show) -> Iterator[Path]:
+    """Load, then draw and save one picture after the other; yields each finished file."""
+    from gspn2_diffusion.cli import loading
+    from gspn2_diffusion.files import model_hash
+    from gspn2_diffusion.png_metadata import save_png
+
+    source = loading.find_model(request.model)
+    show(f"loading {loading.display_name(request.model)}", 0, None)
+    with fast_imports():
+        import torch
+
+    device = options.resolve_device(request.device)
+    dtype = options.resolve_dtype(request.dtype, device)
+    pipe, folder = loading.load_pipeline(source, device, dtype)
+    height, width = _resolve_size(pipe, request)
+    scheduler, scheduler_config = loading.scheduler_settings(pipe)
+    settings = _settings(request, height, width, device, dtype)
+    settings = dataclasses.replace(
+        settings, model_hash=model_hash(folder), scheduler=scheduler, scheduler_config=scheduler_config
+    )
+    for number, path in enumerate(request.paths):
+        current = dataclasses.replace(settings, seed=request.seed + number)
+        label = "drawing" if len(request.paths) == 1 else f"picture {number + 1}/{len(request.paths)}"
+        show(label, 0, request.steps)
+        try:
+            image = render(pipe, current, functools.partial(show, label, total=request.steps))
+        except torch.OutOfMemoryError as error:
+            raise CliError(
+                f"{device} has not enough memory for {width}x{height} pixels in {current.dtype}; "
+                "use a smaller --height and --width, or --dtype bf16"
+            ) from error
+        try:
+            save_png(image, path, current)
+        except OSError as error:
+            raise CliError(f"{str(path)!r} cannot be written: {describe(error)}") from error
+        yield path
+
+
+def _resolve_size(pipe: GSPN2Pipeline, request: Request) -> tuple[int, int]:
+    """Height and width in pixels, the model's own where none was given."""
+    size = {"--height": request.height or pipe.default_size, "--width": request.width or pipe.default_size}
+    for option, pixels in size.items():
+        if pixels % pipe.size_multiple:
+            raise UsageError(
+                f"{option} must be a multiple of {pipe.size_multiple} for this model, got {pixels}"
+            )
+    return size["--height"], size["--width"]
+
+
+def _settings(
+    request: Request, height: int, width: int, device: torch.device, dtype: torch.dtype
+) -> GenerationSettings:
+    import torch
+
+    from gspn2_diffusion.cli.loading import display_name
+    from gspn2_diffusion.png_metadata import GenerationSettings
+
+    return GenerationSettings(
+        prompt=request.prompt,
+        negative_prompt=request.negative,
+        steps=request.steps,
+        guidance_scale=request.guidance,
+        seed=request.seed,
+        height=height,
+        width=width,
+        model=display_name(request.model),
+        model_hash="",
+        scheduler="",
+        dtype=str(dtype).removeprefix("torch."),
+        device=device.type,
+        device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else "",
+        versions=package_versions(device.type),
+    )
+
+
+def package_versions(device_type: str) -> dict[str, str]:
+    """Versions of what takes part in drawing on such a device."""
+    names = ["torch", "diffusers", "transformers"]
+    versions = {"gspn2-diffusion": __version__, **{name: importlib.metadata.version(name) for name in names}}
+    if device_type == "cuda":
+        for name in ("cupy-cuda13x", "cupy-cuda12x"):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions["cupy"] = importlib.metadata.version(name)
+    return versions
+
+
+def render(pipe: GSPN2Pipeline, settings: GenerationSettings, on_step: Callable[[int], None]) -> Image:
+    """One picture from resolved settings: the same function for everything that must draw the same picture.
+
+    Args:
+        pipe: on its device, in its dtype.
+        settings: ``seed`` seeds a CPU generator, so that every device starts from the same noise.
+        on_step: called with the number of finished steps.
+
+    Raises:
+        CliError: the result has values that are not numbers.
+    """
+    import numpy as np
+    import torch
+
+    def after_step(_pipe: Any, step: int, _timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        on_step(step + 1)
+        return kwargs
+
+    pictures = pipe(
+        settings.prompt,
+        negative_prompt=settings.negative_prompt,
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        height=settings.height,
+        width=settings.width,
+        generator=torch.Generator("cpu").manual_seed(settings.seed),
+        output_type="np",
+        callback_on_step_end=after_step,
+    ).images
+    if not np.isfinite(pictures).all():
+        raise CliError(
+            f"the picture has values that are not numbers in {settings.dtype}; use --dtype bf16 or fp32"
+        )
+    return pipe.image_processor.numpy_to_pil(pictures)[0]

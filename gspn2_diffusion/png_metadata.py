@@ -1,0 +1,231 @@
+"""Settings inside a picture: how a PNG remembers what drew it.
+
+Two text chunks are written. ``parameters`` is the text that AUTOMATIC1111's web UI writes and that most
+galleries and other front ends read. ``gspn2`` is a JSON object with everything needed to draw the same
+picture again; it is the one :func:`read_settings` trusts, because the first format cannot tell a prompt that
+contains a line "Negative prompt:" from a negative prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gspn2_diffusion.files import atomic_path
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from PIL.PngImagePlugin import PngInfo
+
+FORMAT_VERSION = 1
+JSON_KEY = "gspn2"
+TEXT_KEY = "parameters"
+
+
+class MetadataError(ValueError):
+    """The file is no PNG, carries no settings, or carries settings that cannot be read."""
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """Everything that decides one picture, resolved: no value is "the default" or "auto" any more.
+
+    ``height`` and ``width`` are in pixels; ``seed`` seeds a CPU generator, so it means the same on every
+    device. ``model`` is the name that was asked for (of a folder its last part only, so that a shared picture
+    does not tell where its author keeps files); ``model_hash`` identifies the content, see
+    :func:`gspn2_diffusion.files.model_hash`.
+    """
+
+    prompt: str
+    negative_prompt: str
+    steps: int
+    guidance_scale: float
+    seed: int
+    height: int
+    width: int
+    model: str
+    model_hash: str
+    scheduler: str
+    scheduler_config: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+    device: str = "cpu"
+    device_name: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        """One JSON object, UTF-8 text, keys in the order of the fields."""
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> GenerationSettings:
+        """The inverse of :meth:`to_json`. Unknown keys (of newer versions) are ignored.
+
+        Raises:
+            MetadataError: not JSON, not an object, a required key missing, or a value of the wrong type.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise MetadataError(f"the {JSON_KEY!r} chunk is not JSON: {error}") from None
+        if not isinstance(data, dict):
+            raise MetadataError(f"the {JSON_KEY!r} chunk holds a {type(data).__name__}, not an object")
+        return cls(**_known_fields(data))
+
+
+_FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
+    "str": str,
+    "int": int,
+    "float": (int, float),
+    "dict[str, Any]": dict,
+    "dict[str, str]": dict,
+}
+
+
+def _known_fields(data: dict[str, Any]) -> dict[str, Any]:
+    known = {}
+    for item in dataclasses.fields(GenerationSettings):
+        if item.name not in data:
+            if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+                raise MetadataError(f"the {JSON_KEY!r} chunk has no {item.name!r}")
+            continue
+        value = data[item.name]
+        # Annotations are strings here (postponed evaluation), which makes them keys of the table above.
+        if not isinstance(value, _FIELD_TYPES[str(item.type)]) or isinstance(value, bool):
+            raise MetadataError(
+                f"the {JSON_KEY!r} chunk has {item.name!r} = {value!r}, which is not a {item.type}"
+            )
+        known[item.name] = value
+    return known
+
+
+def format_parameters(settings: GenerationSettings) -> str:
+    """``settings`` as AUTOMATIC1111's text: prompt, "Negative prompt: ..." if any, a line of values."""
+    values = {
+        "Steps": settings.steps,
+        "Sampler": settings.scheduler,
+        "CFG scale": f"{settings.guidance_scale:g}",
+        "Seed": settings.seed,
+        "Size": f"{settings.width}x{settings.height}",
+        "Model hash": settings.model_hash[:10],
+        "Model": settings.model,
+        "Version": f"gspn2-diffusion {settings.versions.get('gspn2-diffusion', 'unknown')}",
+    }
+    lines = [settings.prompt]
+    if settings.negative_prompt:
+        lines.append(f"Negative prompt: {settings.negative_prompt}")
+    lines.append(", ".join(f"{key}: {_quote(str(value))}" for key, value in values.items()))
+    return "\n".join(lines)
+
+
+def _quote(text: str) -> str:
+    """Values with a comma, colon, quote or line break are written as JSON strings, as the web UI does."""
+    return json.dumps(text, ensure_ascii=False) if re.search(r'[,:"\n\r]', text) else text
+
+
+_VALUE = re.compile(r'\s*([\w][\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+
+
+def parse_parameters(text: str) -> dict[str, str]:
+    """AUTOMATIC1111's text as a dictionary, with the keys "Prompt", "Negative prompt" and the last line's.
+
+    Reads our own text and the web UI's. A prompt that itself contains a line starting with "Negative prompt:"
+    cannot be told apart in this format; :func:`read_settings` does not have that limit.
+    """
+    lines = text.strip("\n").split("\n")
+    values = {}
+    if len(_VALUE.findall(lines[-1])) >= 3:  # fewer would be a prompt that happens to contain a colon
+        values = {key: _unquote(value) for key, value in _VALUE.findall(lines.pop())}
+    negative_at = next((i for i, line in enumerate(lines) if line.startswith("Negative prompt:")), len(lines))
+    prompt = "\n".join(lines[:negative_at])
+    negative = "\n".join(lines[negative_at:]).removeprefix("Negative prompt:").removeprefix(" ")
+    return {"Prompt": prompt, "Negative prompt": negative, **values}
+
+
+def _unquote(value: str) -> str:
+    if not value.startswith('"'):
+        return value.strip()
+    try:
+        return str(json.loads(value))
+    except ValueError:
+        return value
+
+
+def png_info(settings: GenerationSettings) -> PngInfo:
+    """The two text chunks, for callers that save with Pillow themselves."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text(TEXT_KEY, format_parameters(settings))  # becomes iTXt by itself where Latin-1 is not enough
+    info.add_itxt(JSON_KEY, settings.to_json())
+    return info
+
+
+def save_png(image: Image, path: str | os.PathLike[str], settings: GenerationSettings) -> Path:
+    """Write ``image`` to ``path`` with ``settings`` inside and return the path.
+
+    The file is written beside ``path`` under a temporary name and renamed, so ``path`` never holds half a
+    picture; an existing file is replaced. The bytes depend on nothing but the picture and the settings.
+
+    Raises:
+        OSError: the folder does not exist or cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=png_info(settings))
+    return Path(path)
+
+
+def read_text(path: str | os.PathLike[str]) -> dict[str, str]:
+    """All text chunks of a PNG by key.
+
+    Raises:
+        MetadataError: the file is not a PNG, is damaged, or its text is larger than Pillow's safety limit.
+        OSError: the file cannot be opened.
+    """
+    from PIL import Image, UnidentifiedImageError
+    from PIL.PngImagePlugin import PngImageFile
+
+    with open(path, "rb") as file:  # separates "cannot be opened" from what Pillow thinks of the content
+        try:
+            with Image.open(file, formats=["PNG"]) as image:
+                assert isinstance(image, PngImageFile)
+                return {key: str(value) for key, value in image.text.items()}
+        except UnidentifiedImageError:
+            raise MetadataError(f"{os.fspath(path)!r} is not a PNG picture") from None
+        except (SyntaxError, ValueError, OSError, Image.DecompressionBombError) as error:
+            # Pillow's ways to say: broken chunk, too much text, cut off, too many pixels
+            raise MetadataError(f"{os.fspath(path)!r} cannot be read: {error}") from None
+
+
+def read_settings(path: str | os.PathLike[str]) -> GenerationSettings:
+    """The settings that drew the picture at ``path``.
+
+    Raises:
+        MetadataError: not a PNG, no ``gspn2`` chunk (made by another program, or saved again by one that
+            drops text), or a chunk that cannot be read.
+        OSError: the file cannot be opened.
+    """
+    text = read_text(path)
+    if JSON_KEY not in text:
+        raise MetadataError(
+            f"{os.fspath(path)!r} carries no {JSON_KEY!r} settings (text chunks: {sorted(text) or 'none'})"
+        )
+    return GenerationSettings.from_json(text[JSON_KEY])
+
+
+def read_parameters(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The AUTOMATIC1111 text of the picture at ``path``, parsed; pictures of other programs work too.
+
+    Raises:
+        MetadataError: not a PNG, or no ``parameters`` chunk.
+        OSError: the file cannot be opened.
+    """
+    text = read_text(path)
+    if TEXT_KEY not in text:
+        raise MetadataError(f"{os.fspath(path)!r} carries no {TEXT_KEY!r} text")
+    return parse_parameters(text[TEXT_KEY])
