@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
@@ -43,7 +45,7 @@ def _project(attn: Attention, hidden_states: torch.Tensor) -> tuple[torch.Tensor
         linear(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
         for linear in (attn.to_q, attn.to_k, attn.to_v)
     )
-    return attn.norm_q(query), attn.norm_k(key), value
+    return attn.norm_q(query), attn.norm_k(key), value  # type: ignore[misc]
 
 
 def _merge(attn: Attention, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -99,7 +101,7 @@ class AttentionMixer(Attention):
         head_dim = dim // heads
         if kind == "softmax" and head_dim % 4:
             raise ValueError(f"softmax attention needs a multiple of 4 channels per head, got {head_dim}.")
-        processor = RotaryAttnProcessor() if kind == "softmax" else ReLULinearAttnProcessor()
+        processor: Any = RotaryAttnProcessor() if kind == "softmax" else ReLULinearAttnProcessor()
         super().__init__(
             dim, heads=heads, dim_head=head_dim, bias=True, qk_norm="rms_norm", eps=1e-6, processor=processor
         )

@@ -68,7 +68,7 @@ def test_lora_on_the_mixer_projections(tmp_path):
     assert all((p.grad != 0).any() for n, p in model.named_parameters() if ".lora_" in n)
     model.save_lora_adapter(tmp_path)
     other = make_model()
-    other.load_lora_adapter(tmp_path, prefix=None)
+    other.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
     torch.testing.assert_close(other(**inputs).sample, changed)
     model.disable_adapters()
     torch.testing.assert_close(model(**inputs).sample, expected)
@@ -120,12 +120,11 @@ def test_group_offloading_and_attention_processors_find_their_modules():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixer", ["gspn2", "softmax", "linear"])
-def test_compiles_without_graph_breaks(mixer):
-    model = make_model(mixer=mixer, num_layers=1)
+def test_compiles_without_graph_breaks():
+    model = make_model(mixer=["gspn2", "softmax", "linear"], num_layers=3)
     model.set_scan_backend("reference")
     randomize(model)
-    inputs = make_inputs(4, 6)
+    inputs = make_inputs(4, 4)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     expected = model(**inputs).sample
