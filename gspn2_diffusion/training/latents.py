@@ -1,0 +1,214 @@
+"""Scenes as latents: composing and encoding on the device, and a ring of them to train on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gspn2_diffusion.training.captions import Prefetcher, SceneWriter
+from gspn2_diffusion.training.scenes import SceneBatch, compose
+from gspn2_diffusion.training.text import TextStates, encode_text, tokenize
+
+
+@dataclass
+class WrittenScenes:
+    """Scene descriptions and their tokenised captions, (B, L) ids and mask."""
+
+    scenes: SceneBatch
+    ids: Tensor
+    mask: Tensor
+
+    def pin_memory(self) -> WrittenScenes:
+        """The same in page-locked memory."""
+        return WrittenScenes(self.scenes.pin_memory(), self.ids.pin_memory(), self.mask.pin_memory())
+
+
+@dataclass
+class LatentBatch:
+    """Encoded scenes: latents (B, C, h, w) and what their captions say."""
+
+    latents: Tensor
+    text: TextStates
+
+
+class SceneEncoder:
+    """Frozen autoencoder and text encoder behind one call.
+
+    Args:
+        vae: AutoencoderKL on its device, in the type it shall run in.
+        text_encoder: a BertModel or alike, likewise.
+        tokenizer: its fast tokenizer.
+        resolution: side of the pictures in pixels.
+        max_text_tokens: length of the token rows.
+        compiled: compile the autoencoder's encoder.
+    """
+
+    def __init__(
+        self,
+        vae: Any,
+        text_encoder: nn.Module,
+        tokenizer: Any,
+        *,
+        resolution: int,
+        max_text_tokens: int,
+        compiled: bool,
+    ) -> None:
+        self.vae = vae.eval().requires_grad_(False)
+        self.text_encoder = text_encoder.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.resolution = resolution
+        self.max_text_tokens = max_text_tokens
+        self._encode = torch.compile(self._latents, dynamic=False) if compiled else self._latents
+
+    def write(self, writer: SceneWriter, count: int, seed: Sequence[int]) -> WrittenScenes:
+        """The CPU's part: `count` scenes with tokenised captions."""
+        scenes = writer.write(count, seed)
+        return WrittenScenes(scenes, *tokenize(self.tokenizer, scenes.captions, self.max_text_tokens))
+
+    @torch.no_grad()
+    def encode(self, written: WrittenScenes, sprites: Tensor) -> LatentBatch:
+        """The device's part; nothing in it waits for the device."""
+        device = sprites.device
+        pixels = compose(sprites, written.scenes.to(device), self.resolution)
+        latents = self._encode(pixels)
+        ids, mask = (x.to(device, non_blocking=True) for x in (written.ids, written.mask))
+        return LatentBatch(latents, encode_text(self.text_encoder, ids, mask))
+
+    @torch.no_grad()
+    def empty(self, device: torch.device) -> TextStates:
+        """The encoded empty caption, batch of one."""
+        ids, mask = tokenize(self.tokenizer, [""], self.max_text_tokens)
+        return encode_text(self.text_encoder, ids.to(device), mask.to(device))
+
+    def _latents(self, pixels: Tensor) -> Tensor:
+        """Mode of the posterior, normalised; (B, C, h, w) float32."""
+        config = self.vae.config
+        pixels = pixels.to(self.vae.dtype).contiguous(memory_format=torch.channels_last)
+        moments = self.vae.encoder(pixels)
+        if self.vae.quant_conv is not None:
+            moments = self.vae.quant_conv(moments)
+        mean = moments.chunk(2, dim=1)[0].float()
+        return (mean - (config.shift_factor or 0.0)) * config.scaling_factor
+
+
+class LatentBank:
+    """Ring of encoded scenes in device memory.
+
+    Args:
+        capacity: entries.
+        sample: gives shapes and the device.
+    """
+
+    def __init__(self, capacity: int, sample: LatentBatch) -> None:
+        half = torch.bfloat16 if sample.latents.is_cuda else torch.float32
+        self.capacity = capacity
+        self.filled = 0
+        self._rows = {
+            name: torch.zeros((capacity, *row.shape[1:]), dtype=kind, device=row.device)
+            for name, row, kind in (
+                # float16 has the finer steps, and normalised latents lie far inside its range
+                ("latents", sample.latents, torch.float16 if sample.latents.is_cuda else torch.float32),
+                ("hidden", sample.text.hidden, half),
+                ("mask", sample.text.mask, torch.bool),
+                ("pooled", sample.text.pooled, half),
+            )
+        }
+
+    def write(self, start: int, batch: LatentBatch) -> None:
+        """Replace the entries from `start` on, modulo the capacity, which the batch must divide."""
+        count = len(batch.latents)
+        slot = start % self.capacity
+        rows = {
+            "latents": batch.latents,
+            "hidden": batch.text.hidden,
+            "mask": batch.text.mask,
+            "pooled": batch.text.pooled,
+        }
+        for name, values in rows.items():
+            self._rows[name][slot : slot + count].copy_(values)
+        self.filled = max(self.filled, slot + count)
+
+    def draw(self, count: int, generator: torch.Generator) -> LatentBatch:
+        """`count` random entries, with repetition; latents as float32."""
+        device = self._rows["latents"].device
+        index = torch.randint(self.filled, (count,), device=device, generator=generator)
+        picked = {name: rows.index_select(0, index) for name, rows in self._rows.items()}
+        text = TextStates(picked["hidden"], picked["mask"], picked["pooled"])
+        return LatentBatch(picked["latents"].float(), text)
+
+
+class LatentFeed:
+    """Keeps a bank fresh: `refresh` new scenes a step, captions written ahead in a thread.
+
+    Everything follows from (seed, rank, number of the chunk), and the state of the bank from the step alone,
+    so a resumed run rebuilds the very bank that the interrupted one had.
+
+    Args:
+        encoder: makes latents.
+        writer: makes scene descriptions.
+        sprites: uint8 (S, 4, side, side) on the device.
+        seed: (seed, rank).
+        step: step that is trained next.
+        capacity: entries wanted in the bank, rounded up to whole chunks.
+        refresh: scenes in a chunk.
+        initial: entries needed before the first step.
+        depth: chunks written ahead.
+    """
+
+    def __init__(
+        self,
+        encoder: SceneEncoder,
+        writer: SceneWriter,
+        sprites: Tensor,
+        *,
+        seed: Sequence[int],
+        step: int,
+        capacity: int,
+        refresh: int,
+        initial: int,
+        depth: int,
+    ) -> None:
+        self._encoder, self._sprites, self._refresh = encoder, sprites, refresh
+        chunks = max(1, math.ceil(capacity / refresh))
+        ahead = max(1, min(chunks, math.ceil(initial / refresh)))
+        pin = sprites.is_cuda
+
+        def make(number: int) -> WrittenScenes:
+            written = encoder.write(writer, refresh, (*seed, number))
+            return written.pin_memory() if pin else written
+
+        self._chunk = max(0, step + ahead - chunks)
+        self._prefetcher = Prefetcher(make, self._chunk, depth)
+        self._bank: LatentBank | None = None
+        self._size = chunks * refresh
+        # The step itself adds one chunk before it draws.
+        while self._chunk < step + ahead - 1:
+            self.advance()
+
+    @property
+    def wait_seconds(self) -> float:
+        """Time spent waiting for captions."""
+        return self._prefetcher.wait_seconds
+
+    def advance(self) -> None:
+        """Encode the next chunk into the bank."""
+        batch = self._encoder.encode(self._prefetcher.get(), self._sprites)
+        if self._bank is None:
+            self._bank = LatentBank(self._size, batch)
+        self._bank.write(self._chunk * self._refresh, batch)
+        self._chunk += 1
+
+    def draw(self, count: int, generator: torch.Generator) -> LatentBatch:
+        """`count` random entries of the bank."""
+        if self._bank is None:
+            raise RuntimeError("`advance` must run before `draw`")
+        return self._bank.draw(count, generator)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._prefetcher.close()

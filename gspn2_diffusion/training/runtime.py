@@ -1,0 +1,141 @@
+"""What a run is made of: processes, devices, folders, the log."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import nn
+
+from gspn2_diffusion.training.config import RunConfig, save_config
+
+
+@dataclass
+class Run:
+    """One process of a training run."""
+
+    accelerator: Accelerator
+    config: RunConfig
+    output: Path
+    started: float
+
+    @property
+    def device(self) -> torch.device:
+        """This process's device."""
+        return self.accelerator.device
+
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+        return self.accelerator.process_index
+
+    @property
+    def world(self) -> int:
+        """Number of processes."""
+        return self.accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files."""
+        return self.accelerator.is_main_process
+
+    @property
+    def half(self) -> torch.dtype:
+        """Type of frozen models and of what is sampled: bfloat16 on CUDA, else float32."""
+        return (
+            torch.bfloat16
+            if self.compiled_device and self.config.mixed_precision == "bf16"
+            else torch.float32
+        )
+
+    @property
+    def compiled_device(self) -> bool:
+        """Whether the device is one that compiling and half precision are meant for."""
+        return self.device.type == "cuda"
+
+    @property
+    def compiles(self) -> bool:
+        """Whether models are compiled."""
+        return self.config.compile and self.compiled_device
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """bf16 autocast, where asked for."""
+        enabled = self.config.mixed_precision == "bf16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def say(self, text: str) -> None:
+        """One line from the main process."""
+        if self.is_main:
+            print(f"[{(time.monotonic() - self.started) / 60:6.2f} min] {text}", flush=True)
+
+    def record(self, **values: Any) -> None:
+        """One line into ``metrics.jsonl``."""
+        if self.is_main:
+            with (self.output / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(values) + "\n")
+
+    def generator(self, stream: int, step: int) -> torch.Generator:
+        """Random numbers that follow from (seed, rank, stream, step), so resuming needs no saved state."""
+        mixed = hash((self.config.seed, self.rank, stream, step)) & 0x7FFF_FFFF_FFFF_FFFF
+        return torch.Generator(self.device).manual_seed(mixed)
+
+
+def start_run(config: RunConfig, started: float) -> Run:
+    """Join the processes, make the folder, save the settings.
+
+    Args:
+        config: checked settings.
+        started: `time.monotonic()` at the start of the process.
+    """
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    # One bucket-wise split of the graph would cost more than the overlap it buys at this model size.
+    torch._dynamo.config.optimize_ddp = False
+    handler = DistributedDataParallelKwargs(
+        gradient_as_bucket_view=True, broadcast_buffers=False, static_graph=config.static_graph
+    )
+    accelerator = Accelerator(
+        mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=[handler]
+    )
+    run = Run(accelerator, config, Path(config.output_dir), started)
+    if run.is_main:
+        save_config(config, run.output)
+    accelerator.wait_for_everyone()
+    torch.manual_seed(config.seed)  # the same weights on all ranks; everything else has its own generator
+    run.say(f"{run.world} process(es) on {_device_name(run.device)}")
+    return run
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def compile_in_place(run: Run, model: nn.Module) -> None:
+    """Compile the model or its repeated blocks; class, state and ``forward`` stay as they are."""
+    if not run.compiles:
+        return
+    options: dict[str, Any] = {"dynamic": False, "fullgraph": run.config.compile_fullgraph}
+    if run.config.compile_mode is not None:
+        options["mode"] = run.config.compile_mode
+    if run.config.compile_scope == "blocks" and getattr(model, "_repeated_blocks", None):
+        model.compile_repeated_blocks(**options)  # type: ignore[operator]
+    else:
+        model.compile(**options)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(param.numel() for param in model.parameters())
+
+
+def end_run(run: Run) -> None:
+    """Leave the process group; without it, NCCL complains at exit."""
+    run.accelerator.wait_for_everyone()
+    run.accelerator.end_training()
