@@ -62,6 +62,7 @@ def generate(
         typer.Option(
             "--output",
             "-o",
+            readable=False,  # it is written, not read
             help="PNG file to write. Missing folders are made, an existing file is replaced. "
             "With --count, out.png becomes out-0001.png, out-0002.png, ...",
             show_default=False,

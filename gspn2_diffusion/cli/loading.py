@@ -43,7 +43,7 @@ def display_name(name: str) -> str:
 
 @contextlib.contextmanager
 def _no_loading_bars() -> Iterator[None]:
-    """Without the bars that diffusers and transformers draw while they read weights; downloads keep theirs."""
+    """Without the bars diffusers and transformers draw while they read weights; downloads keep theirs."""
     import diffusers.utils.logging
     import transformers.utils.logging
 

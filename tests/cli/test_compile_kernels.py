@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from gspn2_diffusion.ops import cupy_backend
+
+pytest.importorskip("cupy_backends.cuda.libs.nvrtc")
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "compile_kernels.py"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    spec = importlib.util.spec_from_file_location("compile_kernels", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(__import__("sys").modules, "compile_kernels", module)  # dataclasses look it up
+    spec.loader.exec_module(module)
+    every = cupy_backend.variants()
+    monkeypatch.setattr(cupy_backend, "variants", lambda: [every[0], every[-1]])
+    return module
+
+
+def test_compiles_without_a_gpu(script, capsys):
+    assert script.main(["--arch", "sm_75", "--arch", "sm_120"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-5] for line in lines[:-1]] == ["sm_75", "sm_75", "sm_120", "sm_120"]
+    assert all(float(line.split()[-2]) > 1 for line in lines[:-1])
+    assert lines[-1].startswith("4 of 4 compiled for 2 architectures")
+
+
+def test_a_kernel_that_does_not_compile(script, capsys, monkeypatch):
+    monkeypatch.setattr(cupy_backend, "kernel_source", lambda *_: "__global__ void broken( {")
+    assert script.main(["--arch", "sm_90"]) == 1
+    captured = capsys.readouterr()
+    assert "FAILED" in captured.out
+    assert "0 of 2 compiled" in captured.out
+    assert "line 1" in captured.err or "(1)" in captured.err
+
+
+def test_unknown_architecture(script, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        script.main(["--arch", "ninety"])
+    assert "'ninety'" in capsys.readouterr().err
+    assert script.main(["--arch", "sm_11"]) == 1  # well formed, but no compiler knows it
