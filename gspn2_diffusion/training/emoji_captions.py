@@ -20,18 +20,20 @@ STYLE_WORDS = {
     "streamline": "streamline style",
 }
 
+_THINGS = frozenset(
+    ("face", "cat", "monkey", "heart", "devil", "clown", "robot", "alien", "ghost", "skull", "poop", "boom")
+)
 NAME_SHARE = 0.65  # how often the name itself is used when there are aliases
 ARTICLE_SHARE = 0.8  # how often a phrase that takes an article gets one
 
 # Heads that take no "a": stuff, plurals without -s, and names of single things.
 _BARE_HEADS_TEXT = """
-    bacon bread rice ice fire popcorn money salt butter broccoli garlic lightning poo sushi tempura
-    cheese chocolate candy honey milk tea sake coffee wine beer juice water fog rain snow wind smoke
-    sweat wood corn ginger edamame seaweed grass music ramen spaghetti noodles noodle soup thunder magic
-    art food dynamite confetti baseball softball basketball volleyball tennis bowling badminton hockey
-    lacrosse golf karate judo boxing yarn jewelry fuji zzz hay mate falafel people skis luggage scissors
-    chess bubbles beans tofu pasta shopping pizza-dough hot-dogs planet-earth traffic parachuting rugby
-    skating football hail darts cricket soil wheat herb-leaves
+bacon dna bread rice ice fire popcorn money salt butter broccoli garlic lightning poo sushi tempura
+cheese candy honey milk tea sake coffee wine beer juice water fog rain snow wind smoke sweat wood
+corn ginger edamame seaweed grass music ramen spaghetti noodles noodle thunder magic art food
+dynamite confetti tennis bowling badminton hockey lacrosse golf karate judo boxing yarn jewelry fuji
+zzz hay mate falafel people skis luggage scissors bubbles beans tofu pasta shopping pizza-dough hot-
+dogs planet-earth traffic parachuting skating hail darts soil wheat herb-leaves
 """
 _BARE_HEADS = frozenset(_BARE_HEADS_TEXT.split())
 # Single things although they end in -s, and things counted although listed as stuff elsewhere.
@@ -42,13 +44,14 @@ _SINGULAR_TEXT = """
 """
 _SINGULAR = frozenset(_SINGULAR_TEXT.split())
 _AN = re.compile(
-    r"(?!uni|euro|one\b|once|use|user|ufo|uk|u-|ukulele)[aeiou]|hour|honest|heir|x-ray|sos\b|atm\b|mri"
+    r"(?!uni|euro|ewe|one\b|once|use|user|ufo|uk|u-|ukulele)[aeiou]|hour|honest|heir|x-ray|sos\b|atm\b|mri"
 )
 _HEAD_END = re.compile(
-    r",| (?:of|with|without|in|on|at|over|from|behind|under|for|showing|facing|to|and|holding|blowing|by)\b"
+    r",| (?:of|with|without|in|on|at|over|from|behind|under|for|showing|facing|to|and|holding|by|blowing"
+    r"|savoring|exhaling|screaming|vomiting|rolling|holding|shaking|fluttering)\b"
 )
 _OWN_ARTICLE = re.compile(
-    r"(?:a|an|the|two|three|one|some|pair of|mount|statue of liberty|tokyo|santa claus)\b"
+    r"(?:a|an|the|some|mount fuji|statue of liberty|tokyo tower|santa claus|planet earth)\b(?!-)"
 )
 
 
@@ -64,7 +67,7 @@ def article(phrase: str) -> str:
 
 
 def _is_plural(word: str) -> bool:
-    return word.endswith("s") and not word.endswith(("ss", "'s", "’s")) and word not in _SINGULAR
+    return word.endswith("s") and not word.endswith(("ss", "'s", "us", "is")) and word not in _SINGULAR
 
 
 def with_article(phrase: str) -> str:
@@ -82,7 +85,14 @@ def object_phrase(record: EmojiRecord, rng: random.Random) -> str:
     words = record.name
     if record.aliases and rng.random() >= NAME_SHARE:
         words = record.aliases[min(int(rng.expovariate(1.0)), len(record.aliases) - 1)]
+        if record.group == "smileys-emotion" and _is_mood(words):
+            return words
     return with_article(words) if rng.random() < ARTICLE_SHARE else words
+
+
+def _is_mood(words: str) -> bool:
+    """Whether a smiley's alias says how it looks ("grinning", "heart eyes") instead of what it is."""
+    return not any(word in _THINGS for word in words.split())
 
 
 def style_phrase(style: str) -> str:

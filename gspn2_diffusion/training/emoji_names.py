@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gspn2_diffusion.training.emoji_splits import concept_key
+from gspn2_diffusion.training.emoji_words import DROPPED_ALIASES, EXTRA_ALIASES, NAMES
 
 GROUP_OF_NUMBER = {
     0: "smileys-emotion",
@@ -23,91 +24,6 @@ GROUP_OF_NUMBER = {
     6: "activities",
     7: "objects",
     8: "symbols",
-}
-
-# What people type for things whose official name is another.
-EXTRA_ALIASES = {
-    "airplane": "plane, aeroplane, jet",
-    "automobile": "car, red car",
-    "baby chick": "chick, yellow chick",
-    "bear": "bear face",
-    "bicycle": "bike",
-    "birthday cake": "cake",
-    "books": "stack of books",
-    "cat face": "cat, kitten",
-    "cherry blossom": "pink flower, flower",
-    "chicken": "hen",
-    "Christmas tree": "decorated tree",
-    "clinking beer mugs": "two beers",
-    "cloud": "white cloud",
-    "cow face": "cow",
-    "crescent moon": "moon",
-    "deciduous tree": "tree",
-    "delivery truck": "truck",
-    "dog face": "dog, puppy",
-    "evergreen tree": "pine tree, fir tree, tree",
-    "fire": "flame, flames",
-    "fire engine": "fire truck",
-    "french fries": "fries, chips",
-    "full moon": "moon",
-    "gem stone": "diamond, gem",
-    "glowing star": "shining star, star",
-    "grinning face": "smiley, smile, happy face",
-    "hamburger": "burger, cheeseburger",
-    "hatching chick": "chick in an egg",
-    "hibiscus": "red flower, flower",
-    "high voltage": "lightning bolt, lightning",
-    "high-heeled shoe": "high heel, red shoe",
-    "high-speed train": "train",
-    "honeybee": "bee",
-    "horse face": "horse",
-    "hot beverage": "coffee, cup of coffee, cup of tea",
-    "house with garden": "house",
-    "jack-o-lantern": "pumpkin, halloween pumpkin, carved pumpkin",
-    "lady beetle": "ladybug, ladybird",
-    "laptop": "laptop computer, computer",
-    "lion": "lion face",
-    "locomotive": "steam train, train",
-    "loudly crying face": "crying face, sobbing face",
-    "mobile phone": "phone, smartphone, cell phone",
-    "monkey face": "monkey",
-    "motorcycle": "motorbike",
-    "mouse face": "mouse",
-    "musical keyboard": "piano, keyboard",
-    "open umbrella": "umbrella",
-    "panda": "panda bear, panda face",
-    "passenger ship": "ship",
-    "pig face": "pig",
-    "pile of poo": "poop, poo",
-    "rabbit face": "rabbit, bunny",
-    "red apple": "apple",
-    "red heart": "heart, love heart",
-    "ringed planet": "planet, saturn",
-    "robot": "robot face, robot head",
-    "rocket": "space rocket, rocket ship",
-    "sailboat": "boat, sailing boat",
-    "sauropod": "dinosaur, long neck dinosaur",
-    "shortcake": "strawberry cake, cake, slice of cake",
-    "skull": "white skull",
-    "slice of pizza": "pizza",
-    "smiling face with sunglasses": "cool face, face with sunglasses",
-    "smiling face with hearts": "face with hearts",
-    "smiling face with heart-eyes": "heart eyes, face with heart eyes",
-    "snow-capped mountain": "mountain",
-    "snowman without snow": "snowman",
-    "soccer ball": "football",
-    "speedboat": "motorboat, boat",
-    "spiral shell": "seashell, shell",
-    "sport utility vehicle": "suv, blue car, car",
-    "steaming bowl": "ramen, bowl of noodles, noodle soup",
-    "sun with face": "smiling sun, sun",
-    "T-Rex": "dinosaur, tyrannosaurus",
-    "tangerine": "orange, mandarin",
-    "tiger face": "tiger",
-    "tropical fish": "fish",
-    "two-hump camel": "camel",
-    "water wave": "wave, ocean wave",
-    "wrapped gift": "gift, present, gift box",
 }
 
 _FIRST_STEPS = ("emojibase", "cldr", "github", "joypixels", "iamcal", "emojibase-legacy")
@@ -154,6 +70,21 @@ def clean_name(label: str) -> str:
     return re.sub(r"\s+", " ", words).strip()
 
 
+_CLOCK = re.compile(r"(?:o'clock|-thirty)$")
+
+
+def caption_name(label: str) -> str:
+    """What people would call the thing: mostly the official label; any clock face is "clock"."""
+    name = clean_name(NAMES.get(label, label))
+    return "clock" if _CLOCK.search(name) else name
+
+
+def _extra_aliases(label: str) -> list[str]:
+    if _CLOCK.search(clean_name(label)):
+        return [f"clock showing {clean_name(label)}"]
+    return [word for word in EXTRA_ALIASES.get(label, "").split(", ") if word]
+
+
 def build_concepts(
     emojibase: Iterable[Mapping[str, Any]],
     shortcodes: Mapping[str, Mapping[str, Any]],
@@ -168,7 +99,7 @@ def build_concepts(
     """
     rows = [row for row in emojibase if row.get("group") in GROUP_OF_NUMBER]
     keys = {row["hexcode"]: concept_key(row["label"], GROUP_OF_NUMBER[row["group"]]) for row in rows}
-    names = {row["hexcode"]: clean_name(row["label"]) for row in rows}
+    names = {row["hexcode"]: caption_name(row["label"]) for row in rows}
     raw = {row["hexcode"]: _raw_aliases(row, shortcodes, emojilib) for row in rows}
     clusters: dict[str, set[str]] = {}
     for code, words in [(code, word) for code, found in raw.items() for word in found]:
@@ -178,7 +109,7 @@ def build_concepts(
     concepts = {}
     for row in rows:
         code = row["hexcode"]
-        extra = [word.strip() for word in EXTRA_ALIASES.get(row["label"], "").split(",") if word.strip()]
+        extra = _extra_aliases(row["label"])
         # a word that also means something else would teach the wrong picture
         own = [word for word in raw[code] if len(clusters[word]) == 1]
         aliases = [word for word in dict.fromkeys(extra + own) if word != names[code]]
@@ -216,6 +147,8 @@ def _is_alias(word: str) -> bool:
         re.fullmatch(r"[a-z][a-z ']{2,}", word) is not None
         and not _STOP_ALIASES.intersection(pieces)
         and word not in _NOT_CAPTIONS
+        and word not in DROPPED_ALIASES
+        and " s " not in word
         and len(pieces) <= 5
     )
 
