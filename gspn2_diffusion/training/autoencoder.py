@@ -30,9 +30,9 @@ class Reconstruction(nn.Module):
         vae: the trained autoencoder.
     """
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: Any) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae: Any = vae
 
     def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruct pictures.
@@ -59,7 +59,6 @@ def posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
     """Pictures from latents that are not normalised."""
-    latents = latents.to(vae.dtype)
     if vae.post_quant_conv is not None:
         latents = vae.post_quant_conv(latents)
     return vae.decoder(latents)
@@ -72,7 +71,7 @@ class AutoencoderTask:
         self.run, self.config, self.state, self._sprites = run, config, state, sprites
         vae = state.module.vae
         self._latent = (vae.config.latent_channels, *_latent_size(vae, config.resolution))
-        self._judge: AutoencoderKL | None = None
+        self._judge: Any = None
         self._held_out = self._held_out_scenes() if run.is_main else None
         self._compose_loss = torch.compile(self._loss, dynamic=False) if run.compiles else self._loss
         first = state.step * config.gradient_accumulation_steps
@@ -91,7 +90,10 @@ class AutoencoderTask:
         config = self.config
         seed = (config.seed, self.run.rank, _SCENE_STREAM, number)
         scenes = clutter(config.batch_size, len(self._sprites), config.objects, seed)
-        return scenes.pin_memory() if self._sprites.is_cuda else scenes
+        if not self._sprites.is_cuda:
+            return scenes
+        torch.cuda.set_device(self._sprites.device)  # a new thread starts on the first GPU
+        return scenes.pin_memory()
 
     def loss(self, model: nn.Module, step: int, micro: int) -> Tensor:
         """Reconstruction and posterior losses of fresh scenes."""
@@ -134,7 +136,7 @@ class AutoencoderTask:
         ]
         return sprites.to(self.run.device), [batch.to(self.run.device) for batch in scenes]
 
-    def judge(self) -> AutoencoderKL:
+    def judge(self) -> Any:
         """A copy with the averaged weights, as it will be shipped."""
         if self._judge is None:
             made = AutoencoderKL.from_config(self.state.module.vae.config)
@@ -152,7 +154,7 @@ class AutoencoderTask:
             for scenes in batches[:limit]:
                 pixels = compose(sprites, scenes, self.config.resolution)
                 mean, _ = posterior(vae, pixels.to(vae.dtype))
-                pairs.append((pixels, decode(vae, mean).float()))
+                pairs.append((pixels, decode(vae, mean.to(vae.dtype)).float()))
         return pairs
 
     def validate(self, step: int) -> dict[str, float]:
@@ -197,7 +199,7 @@ def _latent_size(vae: Any, resolution: int) -> tuple[int, int]:
     return side, side
 
 
-def load_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
+def load_autoencoder(config: AutoencoderConfig) -> Any:
     """A new autoencoder of the configuration, or the one to start from."""
     if config.init_from:
         return AutoencoderKL.from_pretrained(config.init_from, dtype=torch.float32)
@@ -217,7 +219,8 @@ def train_autoencoder(run: Run, config: AutoencoderConfig) -> Path:
         f"{len(records):,} pictures; encoder {parameter_count(vae.encoder):,} and decoder "
         f"{parameter_count(vae.decoder):,} parameters"
     )
-    module = Reconstruction(vae).to(memory_format=torch.channels_last)
+    module: Any = Reconstruction(vae)
+    module.to(memory_format=torch.channels_last)
     architecture = {
         key: value for key, value in vae.config.items() if key not in ("scaling_factor", "shift_factor")
     }

@@ -100,9 +100,9 @@ def optimizer_state(flat: Mapping[str, Tensor], current: dict[str, Any]) -> dict
         if int(part) >= len(parts):
             raise CheckpointError("the checkpoint is of another `optimizer`")
         parts[int(part)]["state"].setdefault(int(index), {})[key] = value
-    for part in parts:
-        known = {index for group in part["param_groups"] for index in group["params"]}
-        if not set(part["state"]) <= known:
+    for entry in parts:
+        known = {index for group in entry["param_groups"] for index in group["params"]}
+        if not set(entry["state"]) <= known:
             raise CheckpointError("the checkpoint is of another `optimizer`")
     return {"parts": parts}
 

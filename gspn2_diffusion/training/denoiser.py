@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class DenoiserTask:
         self._refresh = config.refresh or max(1, per_step // 4)
         self._empty = encoder.empty(run.device)
         self._pooled = state.module.config.pooled_projection_dim is not None
-        self._judge: nn.Module | None = None
+        self._judge: Any = None
         self._sets: list[FixedSet] = []
         self.pipeline: Any = None
         records = split_records(config, "train", config.groups, config.styles)
@@ -135,7 +136,7 @@ class DenoiserTask:
             batches.append((batch, noise, part.to(self.run.device)))
         return FixedSet(name, batches)
 
-    def judge(self) -> nn.Module:
+    def judge(self) -> Any:
         """An uncompiled copy with the averaged weights, in the type that is shipped."""
         if self._judge is None:
             made = type(self.state.module).from_config(self.state.architecture)
@@ -206,8 +207,10 @@ def load_encoder(run: Run, config: DenoiserConfig) -> SceneEncoder:
     """The frozen parts, on the device."""
     from transformers import AutoTokenizer, BertModel
 
-    vae = AutoencoderKL.from_pretrained(config.component("vae"), dtype=run.half)
-    text_encoder = BertModel.from_pretrained(config.component("text_encoder"), dtype=run.half)
+    # Stay parallel in the caption thread although sprites are drawn by forked workers (which use none).
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    vae: Any = AutoencoderKL.from_pretrained(config.component("vae"), dtype=run.half)
+    text_encoder: Any = BertModel.from_pretrained(config.component("text_encoder"), dtype=run.half)
     return SceneEncoder(
         vae.to(run.device, memory_format=torch.channels_last),
         text_encoder.to(run.device),
@@ -218,7 +221,7 @@ def load_encoder(run: Run, config: DenoiserConfig) -> SceneEncoder:
     )
 
 
-def load_denoiser(config: DenoiserConfig) -> nn.Module:
+def load_denoiser(config: DenoiserConfig) -> Any:
     """A new denoiser of the configuration, or the one to start from, in float32."""
     from gspn2_diffusion.models.transformer_gspn2 import GSPN2Transformer2DModel
 

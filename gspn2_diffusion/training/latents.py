@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gspn2_diffusion.training.captions import Prefetcher, SceneWriter
 from gspn2_diffusion.training.scenes import SceneBatch, compose
-from gspn2_diffusion.training.text import TextStates, encode_text, tokenize
+from gspn2_diffusion.training.text import CaptionTokenizer, TextStates, encode_text
 
 
 @dataclass
@@ -62,13 +62,15 @@ class SceneEncoder:
         self.text_encoder = text_encoder.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.resolution = resolution
-        self.max_text_tokens = max_text_tokens
-        self._encode = torch.compile(self._latents, dynamic=False) if compiled else self._latents
+        self.tokenize = CaptionTokenizer(tokenizer, max_text_tokens)
+        self._encode = _latent_function(self.vae)
+        if compiled:
+            self._encode = torch.compile(self._encode, dynamic=False)
 
     def write(self, writer: SceneWriter, count: int, seed: Sequence[int]) -> WrittenScenes:
         """The CPU's part: `count` scenes with tokenised captions."""
         scenes = writer.write(count, seed)
-        return WrittenScenes(scenes, *tokenize(self.tokenizer, scenes.captions, self.max_text_tokens))
+        return WrittenScenes(scenes, *self.tokenize(scenes.captions))
 
     @torch.no_grad()
     def encode(self, written: WrittenScenes, sprites: Tensor) -> LatentBatch:
@@ -82,18 +84,25 @@ class SceneEncoder:
     @torch.no_grad()
     def empty(self, device: torch.device) -> TextStates:
         """The encoded empty caption, batch of one."""
-        ids, mask = tokenize(self.tokenizer, [""], self.max_text_tokens)
+        ids, mask = self.tokenize([""])
         return encode_text(self.text_encoder, ids.to(device), mask.to(device))
 
-    def _latents(self, pixels: Tensor) -> Tensor:
-        """Mode of the posterior, normalised; (B, C, h, w) float32."""
-        config = self.vae.config
-        pixels = pixels.to(self.vae.dtype).contiguous(memory_format=torch.channels_last)
-        moments = self.vae.encoder(pixels)
-        if self.vae.quant_conv is not None:
-            moments = self.vae.quant_conv(moments)
-        mean = moments.chunk(2, dim=1)[0].float()
-        return (mean - (config.shift_factor or 0.0)) * config.scaling_factor
+
+def _latent_function(vae: Any) -> Callable[[Tensor], Tensor]:
+    """Pictures (B, 3, H, W) to the posterior's mode, normalised, (B, C, h, w) float32.
+
+    Settings are read here: looking them up inside would break the compiled graph.
+    """
+    dtype, shift, scale = vae.dtype, float(vae.config.shift_factor or 0.0), float(vae.config.scaling_factor)
+    encoder, quant = vae.encoder, vae.quant_conv
+
+    def latents(pixels: Tensor) -> Tensor:
+        moments = encoder(pixels.to(dtype).contiguous(memory_format=torch.channels_last))
+        if quant is not None:
+            moments = quant(moments)
+        return (moments.chunk(2, dim=1)[0].float() - shift) * scale
+
+    return latents
 
 
 class LatentBank:
@@ -180,7 +189,10 @@ class LatentFeed:
 
         def make(number: int) -> WrittenScenes:
             written = encoder.write(writer, refresh, (*seed, number))
-            return written.pin_memory() if pin else written
+            if not pin:
+                return written
+            torch.cuda.set_device(sprites.device)  # a new thread starts on the first GPU
+            return written.pin_memory()
 
         self._chunk = max(0, step + ahead - chunks)
         self._prefetcher = Prefetcher(make, self._chunk, depth)

@@ -51,7 +51,7 @@ class TrainState:
         pictures: pictures trained on, all ranks together.
     """
 
-    module: nn.Module
+    module: Any  # an nn.Module; diffusers' classes lack the types
     model: nn.Module
     optimizer: JointOptimizer
     ema: EMAModel
@@ -143,7 +143,7 @@ def _compare(own: dict[str, Any], other: dict[str, Any] | None, folder: Path) ->
         )
 
 
-def prepare_state(run: Run, module: nn.Module, architecture: dict[str, Any]) -> TrainState:
+def prepare_state(run: Run, module: Any, architecture: dict[str, Any]) -> TrainState:
     """Model on the device, compiled and distributed; optimiser; averages; resumed where asked for."""
     config = run.config
     module.to(run.device).train()

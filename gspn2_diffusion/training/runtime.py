@@ -98,9 +98,7 @@ def start_run(config: RunConfig, started: float) -> Run:
     torch.backends.cudnn.benchmark = True
     # One bucket-wise split of the graph would cost more than the overlap it buys at this model size.
     torch._dynamo.config.optimize_ddp = False
-    handler = DistributedDataParallelKwargs(
-        gradient_as_bucket_view=True, broadcast_buffers=False, static_graph=config.static_graph
-    )
+    handler = DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=config.static_graph)
     accelerator = Accelerator(
         mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=[handler]
     )

@@ -94,15 +94,23 @@ def _placed(sprites: Tensor, layer: Layer, resolution: int) -> tuple[Tensor, Ten
     level = _level(picture.shape[-1], resolution * layer.typical_size)
     if level:
         picture = F.avg_pool2d(picture, 2**level)
-    zoom = 1 / layer.size
-    zero = torch.zeros_like(zoom)
-    shift = -layer.centre * zoom[:, None]
-    theta = torch.stack(
-        [torch.stack([zoom, zero, shift[:, 0]], dim=1), torch.stack([zero, zoom, shift[:, 1]], dim=1)], dim=1
-    )
-    grid = F.affine_grid(theta, [len(zoom), 4, resolution, resolution], align_corners=False)
+    grid = _sampling_grid(layer, resolution)
     placed = F.grid_sample(picture, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return placed[:, :3], placed[:, 3:]
+
+
+def _sampling_grid(layer: Layer, resolution: int) -> Tensor:
+    """Where each pixel lies on the sprite, (N, R, R, 2).
+
+    Written out because `F.affine_grid` is a matrix product, which TF32 or autocast would round to tenths of
+    a pixel.
+    """
+    steps = torch.arange(resolution, device=layer.size.device, dtype=torch.float32)
+    points = (steps * 2 + 1) / resolution - 1  # pixel centres
+    places = (points[None, :, None] - layer.centre[:, None, :]) / layer.size[:, None, None]  # (N, R, 2)
+    across = places[:, None, :, 0].expand(-1, resolution, -1)
+    down = places[:, :, None, 1].expand(-1, -1, resolution)
+    return torch.stack([across, down], dim=-1)
 
 
 def _level(side: int, drawn: float) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,13 +27,30 @@ class TextStates:
     pooled: Tensor
 
 
-def tokenize(tokenizer: Any, captions: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
-    """Token ids int64 and mask bool, both (B, max_length); longer captions are cut."""
-    batch = tokenizer(
-        list(captions), padding="max_length", truncation=True, max_length=max_length, return_tensors="np"
-    )
-    ids = torch.from_numpy(batch["input_ids"]).long()
-    return ids, torch.from_numpy(batch["attention_mask"]).bool()
+class CaptionTokenizer:
+    """The tokenizer for the caption thread: a copy of its Rust core with the padding set once.
+
+    The tokenizer itself changes its padding in every call, which two threads must not do at a time, and
+    spends more time around the core than in it.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        max_length: length of the rows; longer captions are cut.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        self._core = copy.deepcopy(tokenizer.backend_tokenizer)
+        self._core.enable_truncation(max_length)
+        self._core.enable_padding(
+            length=max_length, pad_id=tokenizer.pad_token_id, pad_token=str(tokenizer.pad_token)
+        )
+
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids int64 and mask bool, both (B, max_length)."""
+        rows = self._core.encode_batch(list(captions))
+        ids = np.array([row.ids for row in rows], dtype=np.int64)
+        mask = np.array([row.attention_mask for row in rows], dtype=bool)
+        return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
 @torch.no_grad()
