@@ -7,11 +7,11 @@ check:            ## lint and types
 	$(PYTHON) -m mypy
 
 test:             ## everything that runs without a GPU
-	$(PYTHON) -m pytest -q -m "not gpu"
+	$(PYTHON) -m pytest -q -m "not gpu" -n 2
 
 gpu-test:         ## needs a CUDA GPU; works from a plain checkout with no network
 	$(PYTHON) -m pip install -q --no-deps --no-build-isolation --disable-pip-version-check -e .
-	$(PYTHON) -m pytest -q -m gpu
+	$(PYTHON) -m pytest -q -m gpu -n 4
 
 bench:            ## writes benchmarks/results/*.json
 	$(PYTHON) -m pip install -q --no-deps --no-build-isolation --disable-pip-version-check -e .

@@ -162,7 +162,8 @@ def main() -> None:
         row = measure(shape, bandwidth, 20 if options.quick else 100)
         rows.append(row)
         print(
-            f"{','.join(map(str, shape)):>20} {row['forward_ms']:>12.4f} {row['forward_share_of_copy']:>8.1%} "
+            f"{','.join(map(str, shape)):>20} "
+            f"{row['forward_ms']:>12.4f} {row['forward_share_of_copy']:>8.1%} "
             f"{row['backward_ms']:>12.4f} {row['backward_share_of_copy']:>8.1%}"
         )
     name = torch.cuda.get_device_name().replace(" ", "-").lower()

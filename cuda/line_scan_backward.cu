@@ -16,7 +16,8 @@ __device__ __forceinline__ void weights_backward(float (&grad)[3], const Weights
 #pragma unroll
   for (int k = 0; k < 3; ++k) {
     const bool has = k == 1 || (k == 0 ? p > 0 : p + 1 < positions);
-    grad[k] = has ? w.w[k] * (grad[k] - mean) / (1.0f + expf(to_float(raw[k]))) : 0.0f;
+    // A line of one position has one neighbour of weight 1, whatever its coefficient: exactly no gradient.
+    grad[k] = has && positions > 1 ? w.w[k] * (grad[k] - mean) / (1.0f + expf(to_float(raw[k]))) : 0.0f;
   }
 }
 
