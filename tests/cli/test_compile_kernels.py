@@ -21,16 +21,16 @@ def script(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "compile_kernels", module)  # dataclasses look it up
     spec.loader.exec_module(module)
     every = cupy_backend.variants()
-    monkeypatch.setattr(cupy_backend, "variants", lambda: [every[0], every[-1]])
+    monkeypatch.setattr(cupy_backend, "variants", lambda: every[:1])
     return module
 
 
 def test_compiles_without_a_gpu(script, capsys):
     assert script.main(["--arch", "sm_75", "--arch", "sm_120"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[-5] for line in lines[:-1]] == ["sm_75", "sm_75", "sm_120", "sm_120"]
+    assert [line.split()[-5] for line in lines[:-1]] == ["sm_75", "sm_120"]
     assert all(float(line.split()[-2]) > 1 for line in lines[:-1])
-    assert lines[-1].startswith("4 of 4 compiled for 2 architectures")
+    assert lines[-1].startswith("2 of 2 compiled for 2 architectures")
 
 
 def test_a_kernel_that_does_not_compile(script, capsys, monkeypatch):
@@ -38,7 +38,7 @@ def test_a_kernel_that_does_not_compile(script, capsys, monkeypatch):
     assert script.main(["--arch", "sm_90"]) == 1
     captured = capsys.readouterr()
     assert "FAILED" in captured.out
-    assert "0 of 2 compiled" in captured.out
+    assert "0 of 1 compiled" in captured.out
     assert "line 1" in captured.err or "(1)" in captured.err
 
 
