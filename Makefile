@@ -1,6 +1,6 @@
 PYTHON ?= python3
 
-.PHONY: check test gpu-test bench
+.PHONY: check test gpu-test gpu-sanitize bench
 check:            ## lint and types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -16,3 +16,8 @@ gpu-test:         ## needs a CUDA GPU; works from a plain checkout with no netwo
 bench:            ## writes benchmarks/results/*.json
 	$(PYTHON) -m pip install -q --no-deps --no-build-isolation --disable-pip-version-check -e .
 	$(PYTHON) benchmarks/line_scan.py --quick
+
+gpu-sanitize:     ## memory and race checks of the kernels (compute-sanitizer comes with the CUDA toolkit)
+	for tool in memcheck racecheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    $(PYTHON) scripts/sanitize_kernels.py || exit 1; done
