@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.sana.pipeline_sana import retrieve_timesteps
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -48,9 +49,14 @@ class GSPN2PipelineBase(DiffusionPipeline):
         max_sequence_length: default number of text tokens; saved with the model.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    model_cpu_offload_seq = "text_encoder->transformer->vae"  # type: ignore[assignment]
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", *ENCODED]
 
+    tokenizer: Any
+    text_encoder: Any
+    vae: Any
+    transformer: Any
+    scheduler: Any
     _guidance_scale: float = 1.0
     _attention_kwargs: dict[str, Any] | None = None
     _num_timesteps: int = 0
@@ -306,7 +312,7 @@ class GSPN2PipelineBase(DiffusionPipeline):
         if embeds is None:
             texts = [texts] if isinstance(texts, str) else list(texts or [""])
             length = max_sequence_length or min(
-                self.config.max_sequence_length, self.tokenizer.model_max_length
+                self.config["max_sequence_length"], self.tokenizer.model_max_length
             )
             embeds, mask = encode_texts(texts, self.tokenizer, self.text_encoder, length, device)
         elif mask is None:
@@ -345,7 +351,7 @@ class GSPN2PipelineBase(DiffusionPipeline):
         """Runs the scheduler over ``timesteps``; replaces ``tensors["latents"]`` after every step."""
         self._num_timesteps = len(timesteps)
         order = self.scheduler.order
-        step_options = {"return_dict": False}
+        step_options: dict[str, Any] = {"return_dict": False}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             step_options["generator"] = generator
         with self.progress_bar(total=num_inference_steps) as progress:

@@ -16,8 +16,8 @@ class GSPN2PipelineOutput(BaseOutput):
 
     Attributes:
         images: By ``output_type``: ``"pil"`` a list of ``N = B * num_images_per_prompt`` RGB pictures,
-            ``"np"`` an array ``(N, H, W, 3)`` float32 in [0, 1], ``"pt"`` a tensor ``(N, 3, H, W)`` float32 in [0, 1],
-            ``"latent"`` the final latents ``(N, C, H / f, W / f)`` float32.
+            ``"np"`` an array ``(N, H, W, 3)`` float32 in [0, 1], ``"pt"`` a tensor ``(N, 3, H, W)`` float32
+            in [0, 1], ``"latent"`` the final latents ``(N, C, H / f, W / f)`` float32.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor

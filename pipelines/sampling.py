@@ -8,8 +8,8 @@ import torch
 
 from gspn2_diffusion.pipelines.text_encoding import pad_tokens
 
-# The loop's tensors by their argument names: latents, prompt_embeds, ... (None where a call has none).
-Tensors = dict[str, torch.Tensor | None]
+# The loop's tensors by their argument names: latents, prompt_embeds, ...; None where a call has none.
+Tensors = dict[str, Any]
 
 
 def vae_scale_factor(vae: Any) -> int:

@@ -24,7 +24,8 @@ def encode_texts(
 
     Returns:
         ``last_hidden_state (B, max_length, C)`` in the encoder's dtype, and the mask ``(B, max_length)``
-        int64, 1 for tokens and 0 for padding. A row never masks everything: a text without any token keeps one pad.
+        int64, 1 for tokens and 0 for padding. A text without any token keeps one pad token, so that
+        no row masks everything.
 
     Raises:
         TypeError: The encoder's output has no ``last_hidden_state``.
