@@ -182,12 +182,17 @@ class _Guard:
         bad = ~torch.isfinite(norm) & (self._first < 0)
         self._first = torch.where(bad, step, self._first)
 
-    def check(self) -> None:
+    def check(self, weights: list[Tensor] | None = None) -> None:
+        """Raise after a bad gradient; with `weights`, before they are written, also when they overflowed."""
         first = int(self._first)
         if first >= 0:
             raise TrainingDivergedError(
                 f"the gradient of step {first} is not finite; no later checkpoint was written"
             )
+        if weights is not None:
+            norms = torch.stack(torch._foreach_norm(weights))  # type: ignore[arg-type]
+            if not bool(torch.isfinite(norms).all()):
+                raise TrainingDivergedError("weights are not finite at this step; they were not written")
 
 
 class _Meter:
@@ -264,10 +269,10 @@ def fit(run: Run, state: TrainState, task: Task) -> None:
             guard.check()
             meter.line(state, tick, rate, per_step)
         if tick.due and not tick.stop:
-            guard.check()
+            guard.check([param.detach() for param in state.module.parameters()])
             _act(run, state, task, tick)
             meter.pause()
-    guard.check()
+    guard.check([param.detach() for param in state.module.parameters()])
     _finish(run, state, task, first)
 
 

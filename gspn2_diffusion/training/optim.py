@@ -76,7 +76,8 @@ class GroupedMuon(torch.optim.Optimizer):
                 self._update(shape, params, group)
 
     def _update(self, shape: tuple[int, ...], params: list[nn.Parameter], group: dict[str, Any]) -> None:
-        grads = [param.grad for param in params]
+        weights: list[Tensor] = list(params)
+        grads = [param.grad for param in params if param.grad is not None]
         for param in params:
             if "momentum_buffer" not in self.state[param]:
                 self.state[param]["momentum_buffer"] = torch.zeros_like(param)
@@ -85,8 +86,8 @@ class GroupedMuon(torch.optim.Optimizer):
         ahead = torch._foreach_lerp(grads, buffers, group["momentum"])
         updates = orthogonalise(torch.stack(ahead)).to(params[0].dtype).unbind(0)
         rate = 0.2 * max(shape) ** 0.5 * group["lr"]
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, updates, alpha=-rate)
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, updates, alpha=-rate)
 
 
 class JointOptimizer(torch.optim.Optimizer):
@@ -157,7 +158,7 @@ def build_optimizer(
     return JointOptimizer(parts)
 
 
-def _block_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+def _block_matrices(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{name}.weight": module.weight
         for name, module in model.named_modules()

@@ -1,0 +1,70 @@
+"""The autoencoder's script, end to end with a tiny model."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import tiny_training
+import torch
+from diffusers import AutoencoderKL
+
+from gspn2_diffusion.training.config import read_mapping
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("autoencoder")
+    tiny_training.write_emoji(folder / "emoji")
+    tiny_training.write_models(folder / "models")
+    return folder
+
+
+def train(root, output, **changes):
+    spec = importlib.util.spec_from_file_location("train_ae", ROOT / "scripts" / "train_autoencoder.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(tiny_training.autoencoder_options(root, output, **changes))
+    return output
+
+
+def test_training_improves_and_saves_latent_statistics(root):
+    output = train(root, root / "run", checkpoint_steps=6, keep_checkpoints=3)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    ratio = [line["psnr"] for line in lines if "psnr" in line]
+    assert ratio[-1] > ratio[0] + 1
+    vae = AutoencoderKL.from_pretrained(output / "vae")
+    assert next(vae.parameters()).dtype == torch.bfloat16
+    assert vae.config.scaling_factor != 0.5
+    assert vae.config.shift_factor != 0.25
+    assert len(list((output / "sheets").glob("*.png"))) == 1
+    again = train(root, root / "again", resume_from=output / "checkpoint-6")
+    one, other = (AutoencoderKL.from_pretrained(folder / "vae").state_dict() for folder in (output, again))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_statistics_normalise_latents(root):
+    from gspn2_diffusion.training.captions import clutter
+    from gspn2_diffusion.training.config import AutoencoderConfig
+    from gspn2_diffusion.training.data import split_records
+    from gspn2_diffusion.training.emoji import load_sprites
+    from gspn2_diffusion.training.scenes import compose
+
+    vae = AutoencoderKL.from_pretrained(root / "run" / "vae", dtype=torch.float32)
+    records = split_records(AutoencoderConfig(data=str(root / "emoji")), "train", ("all",))
+    pixels = compose(load_sprites(records, size=32), clutter(64, len(records), 3, (9,), single=0.85), 16)
+    with torch.no_grad():
+        latents = vae.encode(pixels).latent_dist.mode()
+    latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    assert abs(float(latents.mean())) < 0.15
+    assert float(latents.std()) == pytest.approx(1.0, abs=0.15)
+
+
+def test_embedded_configuration_is_small():
+    vae = AutoencoderKL.from_config(read_mapping(ROOT / "configs" / "gspn2-emoji-vae.json"))
+    assert sum(param.numel() for param in vae.parameters()) <= 2_900_000
+    assert vae.config.latent_channels == 4
+    with torch.no_grad():
+        assert vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mode().shape == (1, 4, 8, 8)
