@@ -28,8 +28,9 @@ def find_model(name: str) -> str:
     try:
         folder = resolve_model(name)
         if os.path.isdir(folder):
-            read_index(folder)  # cheap and first: the next line imports torch to read weights' headers
-            check_model_folder(folder)
+            read_index(folder)  # cheap and first: reading the weights' headers imports torch
+            with fast_imports():
+                check_model_folder(folder)
     except (OSError, ValueError) as error:
         raise CliError(f"--model {name!r}: {describe(error)}") from error
     return folder
