@@ -8,6 +8,7 @@ import pytest
 import tiny_training
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file
 
 from gspn2_diffusion.training.config import read_mapping
 
@@ -36,7 +37,8 @@ def test_training_improves_and_saves_latent_statistics(root):
     ratio = [line["psnr"] for line in lines if "psnr" in line]
     assert ratio[-1] > ratio[0] + 1
     vae = AutoencoderKL.from_pretrained(output / "vae")
-    assert next(vae.parameters()).dtype == torch.bfloat16
+    saved = load_file(output / "vae" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
     assert vae.config.scaling_factor != 0.5
     assert vae.config.shift_factor != 0.25
     assert len(list((output / "sheets").glob("*.png"))) == 1

@@ -85,10 +85,7 @@ def test_interrupted_run_ends_with_the_same_weights(root, whole):
     )
     for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
         assert same(whole / "checkpoint-4" / name, half / "checkpoint-4" / name), name
-    changed = load_file(whole / "checkpoint-2" / "model.safetensors")
-    assert not all(
-        torch.equal(v, load_file(half / "checkpoint-4" / "model.safetensors")[k]) for k, v in changed.items()
-    )
+    assert not same(whole / "checkpoint-2" / "model.safetensors", half / "checkpoint-4" / "model.safetensors")
 
 
 def test_compact_files_carry_a_run(root, whole):
@@ -111,16 +108,10 @@ def test_non_finite_gradient_stops_the_run_and_keeps_checkpoints_clean(root):
     from gspn2_diffusion.training.loop import TrainingDivergedError
 
     output = root / "diverged"
-    with pytest.raises(TrainingDivergedError, match="step 2"):
-        train(
-            root,
-            output,
-            learning_rate=1e30,
-            warmup_steps=1,
-            max_train_steps=30,
-            checkpoint_steps=1,
-            max_grad_norm=0,
-        )
+    changes = {"learning_rate": 1e30, "warmup_steps": 1, "max_train_steps": 30, "checkpoint_steps": 1}
+    with pytest.raises(TrainingDivergedError, match="not finite"):
+        train(root, output, **changes)
+    assert not (output / "pipeline").exists()
     for path in output.glob("checkpoint-*/model.safetensors"):
         assert all(bool(torch.isfinite(t).all()) for t in load_file(path).values())
 
@@ -135,7 +126,7 @@ def test_parts_are_assembled_and_drawn_on_a_sheet(root, whole):
     parts = {name: root / "models" / name for name in ("vae", "text_encoder", "tokenizer")}
     parts |= {"transformer": whole / "transformer", "out": root / "assembled"}
     options = tiny_training.options({**parts, "shift": 2.0, "max_text_tokens": tiny_models.MAX_TOKENS})
-    with pytest.raises(SystemExit, match="allowed: 0.0 MB"):
+    with pytest.raises(SystemExit, match="allowed: 0"):
         script("assemble_pipeline").main([*options, "--limit_mb", "0.01"])
     assert not (root / "assembled").exists()
     (root / "assembled").mkdir()
