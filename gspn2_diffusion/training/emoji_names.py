@@ -70,6 +70,10 @@ def clean_name(label: str) -> str:
     return re.sub(r"\s+", " ", words).strip()
 
 
+def _same_words(first: str, second: str) -> bool:
+    return sorted(first.split()) == sorted(second.split())
+
+
 _CLOCK = re.compile(r"(?:o'clock|-thirty)$")
 
 
@@ -112,7 +116,7 @@ def build_concepts(
         extra = _extra_aliases(row["label"])
         # a word that also means something else would teach the wrong picture
         own = [word for word in raw[code] if len(clusters[word]) == 1]
-        aliases = [word for word in dict.fromkeys(extra + own) if word != names[code]]
+        aliases = [word for word in dict.fromkeys(extra + own) if not _same_words(word, names[code])]
         concepts[plain_hex(code)] = Concept(
             hexcode=plain_hex(code),
             name=names[code],

@@ -78,8 +78,15 @@ def _render(svg: str, width: float, height: float) -> Image.Image:
         raise ValueError("no <svg> element")
     head = _SIDE.sub("", root.group())
     head = head.replace("<svg", f'<svg width="{width:.3f}" height="{height:.3f}"', 1)
-    tree = usvg.Tree.from_str(svg[: root.start()] + head + svg[root.end() :], usvg.Options.default())
-    return _open_bitmap(bytes(render(tree, (1, 0, 0, 0, 1, 0))))  # the transform is row by row
+    document = svg[: root.start()] + head + svg[root.end() :]
+    try:
+        tree = usvg.Tree.from_str(document, usvg.Options.default())
+        drawn = bytes(render(tree, (1, 0, 0, 0, 1, 0)))  # the transform is row by row
+    except BaseException as error:  # bad input makes resvg panic, which is no Exception in Python
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"resvg cannot read it: {error}") from None
+    return _open_bitmap(drawn)
 
 
 def _draw_svg(svg: str, size: int) -> Image.Image:
@@ -108,7 +115,7 @@ def _fit(image: Image.Image, size: int) -> np.ndarray:
     drawn = image.crop(_drawn_box(image))
     room = max(1, round(size * (1 - 2 * MARGIN)))
     scale = room / max(drawn.size)
-    shape = tuple(max(1, round(side * scale)) for side in drawn.size)
+    shape = (max(1, round(drawn.width * scale)), max(1, round(drawn.height * scale)))
     # premultiplied ("RGBa") while resizing, or transparent pixels bleed their colour into the edge
     resized = drawn.convert("RGBa").resize(shape, Image.Resampling.LANCZOS).convert("RGBA")
     canvas = Image.new("RGBA", (size, size))

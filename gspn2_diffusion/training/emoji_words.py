@@ -15,6 +15,7 @@ NAMES = {
     "construction": "construction barrier",
     "cooking": "fried egg",
     "cricket game": "cricket bat and ball",
+    "dashing away": "puff of air",
     "dizzy": "dizzy star",
     "doughnut": "donut",
     "e-mail": "email envelope",
@@ -309,6 +310,7 @@ cool, tada, izakaya lantern, minidisc, satisfied, android, iphone, rice scene, m
 compression, zap, mailbox with mail, city sunrise, shopping, mortar board, school satchel, smiley
 cat, octagonal sign, smoking, relaxed, triumph, lmao, swim brief, clapper, barber, construction
 site, golf, lower left ballpoint pen, lower left fountain pen, lower left paintbrush, lower left
-crayon
+crayon,
+unlock, unlocked, womans hat, womans clothes, joy cat, scream cat, smile cat, mahjong, house buildings
 """
 DROPPED_ALIASES = frozenset(" ".join(_DROPPED.split()).split(", "))
