@@ -21,7 +21,7 @@ from typing_extensions import Self
 
 from gspn2_diffusion.models.transformer_gspn2 import GSPN2Transformer2DModel
 from gspn2_diffusion.pipelines import input_checks
-from gspn2_diffusion.pipelines.model_folders import check_model_folder, resolve_model
+from gspn2_diffusion.pipelines.model_folders import check_model_folder, remove_local_paths, resolve_model
 from gspn2_diffusion.pipelines.sampling import Tensors, conditioning, dynamic_shift_mu, vae_scale_factor
 from gspn2_diffusion.pipelines.text_encoding import encode_texts, masked_mean
 
@@ -72,13 +72,8 @@ class GSPN2PipelineBase(DiffusionPipeline):
         max_sequence_length: int = 32,
     ) -> None:
         super().__init__()
-        self.register_modules(
-            tokenizer=tokenizer,
-            text_encoder=text_encoder,
-            vae=vae,
-            transformer=transformer,
-            scheduler=scheduler,
-        )
+        self.register_modules(tokenizer=tokenizer, text_encoder=text_encoder, vae=vae)
+        self.register_modules(transformer=transformer, scheduler=scheduler)
         self.register_to_config(max_sequence_length=max_sequence_length)
         self.vae_scale_factor = vae_scale_factor(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -120,6 +115,7 @@ class GSPN2PipelineBase(DiffusionPipeline):
         if not safe_serialization:
             raise ValueError("`safe_serialization` must be True: weights are never pickled, got False")
         super().save_pretrained(save_directory, safe_serialization=True, **kwargs)
+        remove_local_paths(save_directory)
 
     # State of a call, as diffusers' callbacks expect it
 
@@ -235,8 +231,8 @@ class GSPN2PipelineBase(DiffusionPipeline):
         """
         options: dict[str, Any] = {}
         if self.scheduler.config.get("use_dynamic_shifting", False):
-            patch = self.vae_scale_factor * self.transformer.config.patch_size
-            options["mu"] = dynamic_shift_mu(self.scheduler.config, (height // patch) * (width // patch))
+            tokens = (height // self.size_multiple) * (width // self.size_multiple)
+            options["mu"] = dynamic_shift_mu(self.scheduler.config, tokens)
         if (
             timesteps is None
             and sigmas is None

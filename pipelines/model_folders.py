@@ -123,3 +123,19 @@ def _check_safetensors(file: Path) -> None:
             pass
     except SafetensorError as error:
         raise OSError(f"the weights file {file} is damaged or cut short ({error})") from error
+
+
+def remove_local_paths(folder: str | os.PathLike[str]) -> None:
+    """Takes out of a saved pipeline's configurations the local folders that its parts once came from.
+
+    diffusers writes ``_name_or_path`` of whatever was loaded; a model that is passed on should not carry the
+    paths of the machine that made it. Hub ids stay.
+    """
+    for file in [Path(folder) / INDEX_NAME, *Path(folder).glob("*/config.json")]:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        source = config.get("_name_or_path")
+        if isinstance(source, str) and (_only_local(source, source) or os.path.exists(source)):
+            del config["_name_or_path"]
+            temporary = file.with_name(file.name + ".tmp")
+            temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            os.replace(temporary, file)

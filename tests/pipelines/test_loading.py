@@ -63,6 +63,19 @@ def test_round_trip_in_shards(pipe: GSPN2Pipeline, tmp_path: Path) -> None:
     assert torch.equal(latents_of(GSPN2Pipeline.from_pretrained(str(tmp_path))), latents_of(pipe))
 
 
+def test_saving_again_leaves_no_local_path_behind(saved: Path, tmp_path: Path) -> None:
+    pipe = GSPN2Pipeline.from_pretrained(saved)
+    assert pipe.transformer.config["_name_or_path"] == str(saved / "transformer")
+    pipe.save_pretrained(tmp_path / "again")
+    files = sorted(path.relative_to(saved) for path in saved.rglob("*.json"))
+    assert files == sorted(
+        path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*.json")
+    )
+    for file in files:
+        assert str(saved.parent) not in (tmp_path / "again" / file).read_text(), file
+    assert torch.equal(latents_of(GSPN2Pipeline.from_pretrained(tmp_path / "again")), latents_of(pipe))
+
+
 def test_dtype_and_replaced_components(saved: Path) -> None:
     scheduler = FlowMatchHeunDiscreteScheduler()
     pipe = GSPN2Pipeline.from_pretrained(saved, dtype=torch.bfloat16, scheduler=scheduler)
