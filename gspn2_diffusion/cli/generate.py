@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -121,10 +121,9 @@ def generate(
         dtype=options.check_dtype(dtype),
     )
     options.check_writable(request.paths)
-    with quiet_libraries(), _progress(quiet) as show:
-        for path in _draw(request, show):
-            if not quiet:
-                typer.echo(str(path))
+    with quiet_libraries(), Screen(quiet) as screen:
+        for path in _draw(request, screen):
+            screen.finished(path)
 
 
 def _check_prompt(prompt: str) -> str:
@@ -147,39 +146,56 @@ def _check_seed(seed: int | None, count: int) -> int:
     return seed
 
 
-class Show(Protocol):
-    """What is being done and how far; ``total`` is None while it is not known how long it takes."""
+class Screen:
+    """The progress bar on stderr and the names of finished files on stdout, which may be one terminal."""
 
-    def __call__(self, what: str, done: int, total: int | None) -> None: ...
+    def __init__(self, quiet: bool) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = err_console()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        # A file or a pipe gets no bar, so that an error stays the only line on stderr. What is written to
+        # stdout is not redirected: rich would send it to stderr.
+        self._progress = Progress(
+            *columns,
+            console=console,
+            disable=quiet or not console.is_terminal,
+            transient=True,
+            redirect_stdout=False,
+        )
+        self._task = self._progress.add_task("starting", total=None)
+        self._quiet = quiet
+
+    def __enter__(self) -> Screen:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, what: str, done: int = 0, total: int | None = None) -> None:
+        """What is being done and how far; ``total`` is None while it is not known how long it takes."""
+        if total is not None and done == 0:
+            self._progress.reset(self._task, total=total)  # restarts the clock
+        self._progress.update(self._task, description=what, completed=done, total=total)
+
+    def finished(self, path: Path) -> None:
+        """Write the name of a file to stdout, on a line of its own."""
+        if self._quiet:
+            return
+        self._progress.stop()  # takes the bar off the screen
+        typer.echo(str(path))
+        self._progress.start()
 
 
-@contextlib.contextmanager
-def _progress(quiet: bool) -> Iterator[Show]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = err_console()
-    # A file or a pipe gets no bar, so that an error stays the only line on stderr.
-    off = quiet or not console.is_terminal
-    with Progress(*columns, console=console, disable=off, transient=True) as progress:
-        task = progress.add_task("starting", total=None)
-
-        def show(what: str, done: int, total: int | None) -> None:
-            if total is not None and done == 0:
-                progress.reset(task, total=total)
-            progress.update(task, description=what, completed=done, total=total)
-
-        yield show
-
-
-def _draw(request: Request, show: Show) -> Iterator[Path]:
+def _draw(request: Request, screen: Screen) -> Iterator[Path]:
     """Load, then draw and save one picture after the other; yields each finished file."""
     from gspn2_diffusion.cli import loading
     from gspn2_diffusion.files import model_hash
     from gspn2_diffusion.png_metadata import save_png
 
     source = loading.find_model(request.model)
-    show(f"loading {loading.display_name(request.model)}", 0, None)
+    screen.show(f"loading {loading.display_name(request.model)}")
     with fast_imports():
         import torch
 
@@ -195,9 +211,9 @@ def _draw(request: Request, show: Show) -> Iterator[Path]:
     for number, path in enumerate(request.paths):
         current = dataclasses.replace(settings, seed=request.seed + number)
         label = "drawing" if len(request.paths) == 1 else f"picture {number + 1}/{len(request.paths)}"
-        show(label, 0, request.steps)
+        screen.show(label, 0, request.steps)
         try:
-            image = render(pipe, current, functools.partial(show, label, total=request.steps))
+            image = render(pipe, current, functools.partial(screen.show, label, total=request.steps))
         except torch.OutOfMemoryError as error:
             raise CliError(
                 f"{device} has not enough memory for {width}x{height} pixels in {current.dtype}; "
