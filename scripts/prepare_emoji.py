@@ -34,6 +34,7 @@ from gspn2_diffusion.training.emoji_packages import (
 )
 from gspn2_diffusion.training.emoji_raster import EmojiPictureError, rasterize
 from gspn2_diffusion.training.emoji_splits import assign_splits
+from gspn2_diffusion.training.emoji_words import JOINS
 
 SHORTCODE_SETS = ("cldr", "github", "emojibase", "iamcal", "joypixels", "emojibase-legacy")
 CHECK_SIZE = 32
@@ -191,7 +192,9 @@ def build(roots: Mapping[str, Path], folder: Path) -> dict[str, Any]:
             continue
         root = roots[package.name]
         bitmaps = (root / "assets").is_dir()
-        pictures = bitmap_pictures(root) if bitmaps else iconify_pictures(root, index)
+        pictures = (
+            bitmap_pictures(root) if bitmaps else iconify_pictures(root, index, JOINS.get(package.style))
+        )
         rows += write_pictures(package, pictures, concepts, folder)
     rows, damaged = drop_damaged(rows, folder)
     add_splits(rows)

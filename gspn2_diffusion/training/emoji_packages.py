@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,14 +157,20 @@ def bitmap_pictures(root: Path) -> Iterator[Picture]:
         yield Picture(path.stem, plain_hex(path.stem), "webp", path.read_bytes())
 
 
-def iconify_pictures(root: Path, index: NameIndex) -> Iterator[Picture]:
-    """Pictures of an icon set, joined by its own code points or else by name; others are left out."""
+def iconify_pictures(
+    root: Path, index: NameIndex, joins: Mapping[str, str] | None = None
+) -> Iterator[Picture]:
+    """Pictures of an icon set, joined by its own code points or else by name; others are left out.
+
+    `joins` (file name -> code points) goes before names.
+    """
+    joins = joins or {}
     icons = read_json(root / "icons.json")
     own: dict[str, list[str]] = {}
     for code, slug in read_json(root / "chars.json").items():
         own.setdefault(slug, []).append(plain_hex(code))
     for slug in sorted({*icons["icons"], *own}):
-        codes = own.get(slug, []) if own else [index.find(slug)]
+        codes = own.get(slug, []) if own else [joins.get(slug) or index.find(slug)]
         svg = iconify_svg(icons, slug)
         for code in dict.fromkeys(code for code in codes if code):
             if svg is not None:

@@ -22,6 +22,7 @@ from gspn2_diffusion.training.emoji_packages import (
     PACKAGES,
     Package,
     PackageError,
+    iconify_pictures,
     iconify_svg,
     obtain,
     unpack,
@@ -121,6 +122,16 @@ def test_iconify_svg_uses_the_icons_own_box_and_flips_aliases() -> None:
     assert 'transform="translate(16 0) scale(-1 1)"' in str(iconify_svg(icons, "right"))
     assert iconify_svg(icons, "gone") is None
     assert iconify_svg(icons, "unknown") is None
+
+
+def test_listed_joins_go_before_names(tmp_path: Path) -> None:
+    index = NameIndex(build_concepts(NAMING, SHORTCODES, KEYWORDS))
+    index.add((row["label"], row["hexcode"]) for row in NAMING)
+    write_json(tmp_path / "icons.json", {"icons": {"cat": {"body": RED_BOX}, "catside": {"body": RED_BOX}}})
+    write_json(tmp_path / "chars.json", {})
+    assert [found.hexcode for found in iconify_pictures(tmp_path, index)] == ["1F408"]
+    joins = {"cat": "1F431", "catside": "1F408"}
+    assert [found.hexcode for found in iconify_pictures(tmp_path, index, joins)] == ["1F431", "1F408"]
 
 
 # --- splits ------------------------------------------------------------------------------------------------
