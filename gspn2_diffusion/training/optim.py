@@ -51,7 +51,7 @@ class GroupedMuon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[nn.Parameter],
+        params: Iterable[Tensor],
         lr: float = 1e-3,
         weight_decay: float = 0.01,
         momentum: float = 0.95,
