@@ -35,8 +35,8 @@ def draw(given: argparse.Namespace) -> None:
     """Draw the sheet that the options ask for."""
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler
-    from gspn2_diffusion.pipelines.pipeline_gspn2 import GSPN2Pipeline
 
+    from gspn2_diffusion.pipelines.pipeline_gspn2 import GSPN2Pipeline
     from gspn2_diffusion.training.sheets import contact_sheet, draw_prompts, read_prompts, save_picture
 
     prompts = read_prompts(given.prompts)[: given.limit]
