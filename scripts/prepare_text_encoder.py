@@ -47,8 +47,8 @@ These weights are derived from sentence-transformers/all-MiniLM-L6-v2
 Version 2.0 (https://www.apache.org/licenses/LICENSE-2.0). It is a fine-tuned version of
 nreimers/MiniLM-L6-H384-uncased, itself derived from microsoft/MiniLM-L12-H384-uncased (MIT).
 
-Changed: word pieces cut from {before} to {after}, position embeddings from {positions} to {kept}, the unused
-pooler removed, stored as bfloat16. Nothing was trained further.
+Changed: word pieces cut from {before} to {after}, position embeddings from {positions} to {kept}, stored
+as bfloat16. Nothing was trained further.
 """
 
 
@@ -149,7 +149,7 @@ def _name_tokenizer_class(folder: Path) -> None:
 
 
 def cut_model(model: BertModel, keep: Sequence[int], positions: int = MAX_POSITIONS) -> BertModel:
-    """A copy of `model` (float32, no pooler) with the word pieces `keep` and the first `positions`."""
+    """A copy of `model` (float32) with the word pieces `keep` and the first `positions`."""
     import torch
     from transformers import BertConfig, BertModel
 
@@ -159,12 +159,12 @@ def cut_model(model: BertModel, keep: Sequence[int], positions: int = MAX_POSITI
     state = {
         name: tensor
         for name, tensor in model.state_dict().items()
-        if not name.startswith("pooler.") and not name.endswith(("position_ids", "token_type_ids"))
+        if not name.endswith(("position_ids", "token_type_ids"))
     }
     words, places = "embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight"
     state[words] = state[words][torch.tensor(keep)].clone()
     state[places] = state[places][:positions].clone()
-    small = BertModel(config, add_pooling_layer=False)
+    small = BertModel(config)  # with its pooler, though unused: loading without it warns
     missing, unexpected = small.load_state_dict(state, strict=False)
     if unexpected or [name for name in missing if not name.endswith(("position_ids", "token_type_ids"))]:
         raise SourceError(f"weights do not fit: missing {missing}, unexpected {unexpected}")
@@ -208,7 +208,7 @@ def build(source: Path, out: Path, size: int, texts: Sequence[str]) -> dict[str,
     big_tokenizer = make_tokenizer(vocabulary, source / "tokenizer")
     needed = {piece for text in texts for piece in big_tokenizer.tokenize(text)} - {"[UNK]"}
     keep = choose_pieces(vocabulary, needed, size)
-    big = BertModel.from_pretrained(source, dtype=torch.float32, add_pooling_layer=False).eval()
+    big = BertModel.from_pretrained(source, dtype=torch.float32).eval()
     small = cut_model(big, keep)
     small_tokenizer = make_tokenizer([vocabulary[number] for number in keep], out / "tokenizer")
     prompts = [

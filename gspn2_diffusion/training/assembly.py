@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gspn2_diffusion.training.checkpoint import replace_folder
+from gspn2_diffusion.training.checkpoint import read_state, read_tensors, replace_folder, without_prefix
 
 
 def folder_size_mb(folder: Path) -> float:
@@ -65,13 +65,14 @@ def assemble(
 ) -> Any:
     """A `GSPN2Pipeline` from component folders, with a flow-matching Euler scheduler.
 
+    `transformer` may also be a compact folder of a run, whose averaged weights are taken.
+
     Raises:
         FileNotFoundError: a folder is missing.
     """
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
     from transformers import AutoTokenizer, BertModel
 
-    from gspn2_diffusion.models.transformer_gspn2 import GSPN2Transformer2DModel
     from gspn2_diffusion.pipelines.pipeline_gspn2 import GSPN2Pipeline
 
     folders = {"vae": vae, "transformer": transformer, "text_encoder": text_encoder, "tokenizer": tokenizer}
@@ -82,7 +83,22 @@ def assemble(
         tokenizer=AutoTokenizer.from_pretrained(tokenizer),
         text_encoder=BertModel.from_pretrained(text_encoder, dtype=torch.bfloat16),
         vae=AutoencoderKL.from_pretrained(vae, dtype=torch.bfloat16),
-        transformer=GSPN2Transformer2DModel.from_pretrained(transformer, dtype=torch.bfloat16),
+        transformer=_load_transformer(transformer),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
         max_sequence_length=max_text_tokens,
     )
+
+
+def _load_transformer(folder: Path) -> Any:
+    """The denoiser of a diffusers folder, or the averaged weights of a compact folder, in bf16."""
+    from gspn2_diffusion.models.transformer_gspn2 import GSPN2Transformer2DModel
+
+    if not (folder / "state.json").is_file():
+        return GSPN2Transformer2DModel.from_pretrained(folder, dtype=torch.bfloat16)
+    model = GSPN2Transformer2DModel.from_config(read_state(folder)["architecture"]).to(torch.bfloat16)
+    averages = without_prefix("ema", read_tensors(folder, "weights-*.safetensors"))
+    missing = {name for name, _ in model.named_parameters()} - averages.keys()
+    if missing:
+        raise ValueError(f"{folder} lacks averaged weights: {', '.join(sorted(missing)[:5])}")
+    model.load_state_dict(averages, strict=False)  # averages come without buffers
+    return model

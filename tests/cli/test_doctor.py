@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
-from gspn2_diffusion.pipelines import model_folders
 
 from gspn2_diffusion.cli import checks
 from gspn2_diffusion.ops import cupy_backend
+from gspn2_diffusion.pipelines import model_folders
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 

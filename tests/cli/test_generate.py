@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from gspn2_diffusion.pipelines.pipeline_gspn2 import GSPN2Pipeline
 from PIL import Image
 from tiny_models import build_tiny_pipeline
 
 from gspn2_diffusion.cli import defaults, generate
 from gspn2_diffusion.files import model_hash
+from gspn2_diffusion.pipelines.pipeline_gspn2 import GSPN2Pipeline
 from gspn2_diffusion.png_metadata import read_parameters, read_settings
 
 PROMPT = "a red apple, flat style"

@@ -95,12 +95,12 @@ def test_build_gives_the_originals_states_and_loads_offline(
     texts = ["red apple", "blue", "flat style", "a", "on", "background"]
     report = script.build(source, out, len(vocabulary) - 3, texts)
     assert report["pieces"] == len(vocabulary) - 3
-    model = BertModel.from_pretrained(out / "text_encoder", add_pooling_layer=False)
+    model = BertModel.from_pretrained(out / "text_encoder")
     assert model.dtype == torch.bfloat16
     assert model.config.vocab_size == len(vocabulary) - 3
     assert model.config.max_position_embeddings == 64
     assert "Apache" in (out / "LICENSE.md").read_text()
-    big = BertModel.from_pretrained(source, add_pooling_layer=False)
+    big = BertModel.from_pretrained(source)
     big_tokenizer = script.make_tokenizer(vocabulary, tmp_path / "big")
     for loader in (BertTokenizerFast, AutoTokenizer):
         tokenizer = loader.from_pretrained(out / "tokenizer")
@@ -126,7 +126,7 @@ def test_dropped_words_are_spelled_from_smaller_pieces(
 def test_float32_states_are_exactly_equal_and_a_wrong_row_is_noticed(
     script: ModuleType, source: Path, tmp_path: Path, vocabulary: list[str]
 ) -> None:
-    big = BertModel.from_pretrained(source, add_pooling_layer=False).eval()
+    big = BertModel.from_pretrained(source).eval()
     keep = [number for number, piece in enumerate(vocabulary) if piece not in ("zebra", "[unused0]")]
     small = script.cut_model(big, keep)
     tokenizers = [
