@@ -7,17 +7,15 @@ replays, measured with device events, over inputs that together exceed the L2 ca
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from gspn2_diffusion.environment import describe_environment
 from gspn2_diffusion.ops.torch_library import line_scan_backward, line_scan_forward
 
 RESULTS = Path(__file__).parent / "results"
@@ -127,33 +125,11 @@ def measure(shape: tuple[int, int, int, int], bandwidth: float, replays: int) ->
     }
 
 
-def commit() -> str:
-    try:
-        return subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=RESULTS.parent
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def machine() -> dict[str, str]:
-    import cupy
-
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": str(torch.version.cuda),
-        "cupy": cupy.__version__,
-        "python": platform.python_version(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the first cases only, fewer replays")
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--commit", default=None, help="commit to record when git is not at hand")
+    parser.add_argument("--commit", default=None, help="commit to record where there is no git history")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA GPU")
@@ -174,8 +150,8 @@ def main() -> None:
     path = options.out or RESULTS / f"line_scan-{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {
-        "commit": options.commit or commit(),
-        **machine(),
+        **describe_environment(),
+        **({"commit": options.commit} if options.commit else {}),
         "copy_bytes_per_second": bandwidth,
         "dtype": "bfloat16",
         "cases": rows,

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
+from gspn2_diffusion.environment import describe_environment
 from gspn2_diffusion.training.config import RunConfig, save_config
 
 
@@ -105,6 +106,7 @@ def start_run(config: RunConfig, started: float) -> Run:
     run = Run(accelerator, config, Path(config.output_dir), started)
     if run.is_main:
         save_config(config, run.output)
+        run.record(**describe_environment(), processes=run.world)
     accelerator.wait_for_everyone()
     torch.manual_seed(config.seed)  # the same weights on all ranks; everything else has its own generator
     run.say(f"{run.world} process(es) on {_device_name(run.device)}")
