@@ -47,7 +47,7 @@ def make_inputs(shape: tuple[int, int, int, int], count: int) -> list[tuple[torc
     ]
 
 
-def time_graph(function: Callable[[], None], replays: int) -> float:
+def time_graph(function: Callable[[], object], replays: int) -> float:
     """Median milliseconds of one replay."""
     function()
     torch.cuda.synchronize()
