@@ -118,12 +118,12 @@ def quiet_libraries() -> Iterator[None]:
     logger.addHandler(handler)
     logger.propagate = False  # else the same line again through the root logger
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
-        os.environ.setdefault(name, "error")  # read once, when the library is imported
+        os.environ.setdefault(name, "critical")  # read once, when the library is imported
     disabled = {
         name: logging.getLogger(name).level for name in ("transformers", "diffusers", "accelerate", "torch")
     }
     for name in disabled:
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # their errors are raised as well
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
