@@ -21,6 +21,7 @@ from typing_extensions import Self
 
 from gspn2_diffusion.models.transformer_gspn2 import GSPN2Transformer2DModel
 from gspn2_diffusion.pipelines import input_checks
+from gspn2_diffusion.pipelines.lora import GSPN2LoraLoaderMixin
 from gspn2_diffusion.pipelines.model_folders import check_model_folder, remove_local_paths, resolve_model
 from gspn2_diffusion.pipelines.sampling import Tensors, conditioning, dynamic_shift_mu, vae_scale_factor
 from gspn2_diffusion.pipelines.text_encoding import encode_texts, masked_mean
@@ -38,7 +39,7 @@ ENCODED = (
 )
 
 
-class GSPN2PipelineBase(DiffusionPipeline):
+class GSPN2PipelineBase(DiffusionPipeline, GSPN2LoraLoaderMixin):
     r"""Components, loading and sampling steps of the GSPN-2 pipelines.
 
     Args:
