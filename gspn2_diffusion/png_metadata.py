@@ -1,9 +1,10 @@
-"""Settings inside a picture: how a PNG remembers what drew it.
+"""Settings inside a picture: how a PNG, JPEG or WebP remembers what drew it.
 
 Two text chunks are written. ``parameters`` is the text that AUTOMATIC1111's web UI writes and that most
 galleries and other front ends read. ``gspn2`` is a JSON object with everything needed to draw the same
 picture again; it is the one :func:`read_settings` trusts, because the first format cannot tell a prompt that
-contains a line "Negative prompt:" from a negative prompt.
+contains a line "Negative prompt:" from a negative prompt. JPEG and WebP carry both texts in their EXIF:
+``parameters`` as the user comment, where the web UI puts it, ``gspn2`` as the image description.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ from typing import TYPE_CHECKING, Any
 from gspn2_diffusion.files import atomic_path
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL.Image import Exif, Image
     from PIL.PngImagePlugin import PngInfo
 
 FORMAT_VERSION = 1
 JSON_KEY = "gspn2"
 TEXT_KEY = "parameters"
+SUFFIXES = (".png", ".jpg", ".webp")
+_EXIF_IFD, _USER_COMMENT, _DESCRIPTION = 0x8769, 0x9286, 0x010E
 
 
 class MetadataError(ValueError):
-    """The file is no PNG, carries no settings, or carries settings that cannot be read."""
+    """The file is no picture, carries no settings, or carries settings that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -180,33 +183,87 @@ def save_png(image: Image, path: str | os.PathLike[str], settings: GenerationSet
     return Path(path)
 
 
-def read_text(path: str | os.PathLike[str]) -> dict[str, str]:
-    """All text chunks of a PNG by key.
+def exif(settings: GenerationSettings) -> Exif:
+    """The two texts for JPEG and WebP, for callers that save with Pillow themselves."""
+    from PIL import Image
+
+    data = Image.Exif()
+    data[_DESCRIPTION] = f"{JSON_KEY}: {json.dumps(dataclasses.asdict(settings), allow_nan=False)}"  # ASCII
+    data.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + format_parameters(settings).encode("utf-16-be")
+    return data
+
+
+def save_options(suffix: str, settings: GenerationSettings) -> dict[str, Any]:
+    """Arguments of Pillow's ``Image.save`` for a file ending in ``suffix``, settings included.
 
     Raises:
-        MetadataError: the file is not a PNG, is damaged, or its text is larger than Pillow's safety limit.
+        ValueError: another ending than those of :data:`SUFFIXES`.
+    """
+    if suffix == ".png":
+        return {"format": "PNG", "pnginfo": png_info(settings)}
+    if suffix == ".jpg":
+        return {"format": "JPEG", "quality": 95, "subsampling": 0, "exif": exif(settings)}
+    if suffix == ".webp":
+        return {"format": "WEBP", "quality": 95, "method": 4, "exif": exif(settings)}
+    raise ValueError(f"`suffix` must be one of {', '.join(SUFFIXES)}, got {suffix!r}")
+
+
+def save_picture(image: Image, path: str | os.PathLike[str], settings: GenerationSettings) -> Path:
+    """As :func:`save_png`, in the format that the ending of ``path`` names (one of :data:`SUFFIXES`).
+
+    Raises:
+        OSError: the folder does not exist or cannot be written.
+        ValueError: an ending that is not known, or settings too long for the EXIF of a JPEG (64 KB).
+    """
+    options = save_options(Path(path).suffix.lower(), settings)
+    with atomic_path(path) as temporary:
+        image.save(temporary, **options)
+    return Path(path)
+
+
+def read_text(path: str | os.PathLike[str]) -> dict[str, str]:
+    """All text chunks of a PNG by key; of a JPEG or WebP the two texts in its EXIF, if any.
+
+    Raises:
+        MetadataError: no such picture, a damaged one, or its text is larger than Pillow's safety limit.
         OSError: the file cannot be opened.
     """
     from PIL import Image, UnidentifiedImageError
-    from PIL.PngImagePlugin import PngImageFile
 
     with open(path, "rb") as file:  # separates "cannot be opened" from what Pillow thinks of the content
         try:
-            with Image.open(file, formats=["PNG"]) as image:
-                assert isinstance(image, PngImageFile)
-                return {key: str(value) for key, value in image.text.items()}
+            with Image.open(file, formats=["PNG", "JPEG", "WEBP"]) as image:
+                if image.format == "PNG":
+                    texts: dict[str, Any] = getattr(image, "text", {})
+                    return {key: str(value) for key, value in texts.items()}
+                return _exif_text(image.getexif())
         except UnidentifiedImageError:
-            raise MetadataError(f"{os.fspath(path)!r} is not a PNG picture") from None
+            raise MetadataError(f"{os.fspath(path)!r} is not a PNG, JPEG or WebP picture") from None
         except (SyntaxError, ValueError, OSError, Image.DecompressionBombError) as error:
             # Pillow's ways to say: broken chunk, too much text, cut off, too many pixels
             raise MetadataError(f"{os.fspath(path)!r} cannot be read: {error}") from None
+
+
+def _exif_text(data: Exif) -> dict[str, str]:
+    texts = {}
+    comment = data.get_ifd(_EXIF_IFD).get(_USER_COMMENT)
+    if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
+        raw = comment.removeprefix(b"UNICODE\0")
+        # The web UI's text starts with a Latin letter nearly always: the zero byte tells the byte order.
+        texts[TEXT_KEY] = raw.decode("utf-16-le" if raw[1:2] == b"\0" else "utf-16-be", "replace")
+    elif isinstance(comment, bytes) and comment.startswith(b"ASCII\0\0\0"):
+        texts[TEXT_KEY] = comment[8:].decode("utf-8", "replace")
+    description = str(data.get(_DESCRIPTION, ""))
+    if description.startswith(f"{JSON_KEY}: "):
+        texts[JSON_KEY] = description.removeprefix(f"{JSON_KEY}: ")
+    return texts
 
 
 def read_settings(path: str | os.PathLike[str]) -> GenerationSettings:
     """The settings that drew the picture at ``path``.
 
     Raises:
-        MetadataError: not a PNG, no ``gspn2`` chunk (made by another program, or saved again by one that
+        MetadataError: not a picture, no ``gspn2`` chunk (made by another program, or saved again by one that
             drops text), or a chunk that cannot be read.
         OSError: the file cannot be opened.
     """
@@ -222,7 +279,7 @@ def read_parameters(path: str | os.PathLike[str]) -> dict[str, str]:
     """The AUTOMATIC1111 text of the picture at ``path``, parsed; pictures of other programs work too.
 
     Raises:
-        MetadataError: not a PNG, or no ``parameters`` chunk.
+        MetadataError: not a picture, or no ``parameters`` text.
         OSError: the file cannot be opened.
     """
     text = read_text(path)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from gspn2_diffusion import __version__
-from gspn2_diffusion.cli import console, doctor, generate
+from gspn2_diffusion.cli import batch, console, doctor, generate, info, verify
 
 app = typer.Typer(
     name="gspn2",
@@ -21,6 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("generate")(generate.generate)
+app.command("batch")(batch.batch)
+app.command("info")(info.info)
+app.command("verify")(verify.verify)
 app.command("doctor")(doctor.doctor)
 
 
@@ -47,8 +50,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None takes ``sys.argv``.
 
     Returns:
-        The exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted. An error has been written
-        to stderr, in one line.
+        The exit code: 0 done, 1 failed, 2 wrong usage, 3 some pictures failed, 130 interrupted. An error
+        has been written to stderr, in one line.
     """
     console.reset_debug()
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import importlib.metadata
 import math
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gspn2_diffusion import __version__
 from gspn2_diffusion.cli import defaults, options
 from gspn2_diffusion.cli.console import (
     CliError,
@@ -25,6 +22,7 @@ from gspn2_diffusion.cli.console import (
     fast_imports,
     quiet_libraries,
 )
+from gspn2_diffusion.cli.rendering import draw_batch, package_versions, to_image
 
 if TYPE_CHECKING:
     import torch
@@ -263,17 +261,6 @@ def _settings(
     )
 
 
-def package_versions(device_type: str) -> dict[str, str]:
-    """Versions of what takes part in drawing on such a device."""
-    names = ["torch", "diffusers", "transformers"]
-    versions = {"gspn2-diffusion": __version__, **{name: importlib.metadata.version(name) for name in names}}
-    if device_type == "cuda":
-        for name in ("cupy-cuda13x", "cupy-cuda12x"):
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                versions["cupy"] = importlib.metadata.version(name)
-    return versions
-
-
 def render(pipe: GSPN2Pipeline, settings: GenerationSettings, on_step: Callable[[int], None]) -> Image:
     """One picture from resolved settings: the same function for everything that must draw the same picture.
 
@@ -285,26 +272,9 @@ def render(pipe: GSPN2Pipeline, settings: GenerationSettings, on_step: Callable[
     Raises:
         CliError: the result has values that are not numbers.
     """
-    import numpy as np
-    import torch
-
-    def after_step(_pipe: Any, step: int, _timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        on_step(step + 1)
-        return kwargs
-
-    pictures = pipe(
-        settings.prompt,
-        negative_prompt=settings.negative_prompt,
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
-        height=settings.height,
-        width=settings.width,
-        generator=torch.Generator("cpu").manual_seed(settings.seed),
-        output_type="np",
-        callback_on_step_end=after_step,
-    ).images
-    if not np.isfinite(pictures).all():
+    image = to_image(draw_batch(pipe, [settings], on_step)[0])
+    if image is None:
         raise CliError(
             f"the picture has values that are not numbers in {settings.dtype}; use --dtype bf16 or fp32"
         )
-    return pipe.image_processor.numpy_to_pil(pictures)[0]
+    return image

@@ -1,0 +1,1 @@
+"""Many pictures from a list of prompts. Nothing here imports torch before something is drawn."""

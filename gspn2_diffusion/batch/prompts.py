@@ -1,0 +1,194 @@
+"""Lists of prompts: text with flags on each line, JSON lines and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+FORMATS = ("txt", "jsonl", "csv")
+MAX_SEED = 2**63 - 1
+MAX_COUNT = 9999
+
+
+class PromptError(ValueError):
+    """A list of prompts that cannot be read; the message names the line and the fault."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a list. None means: as the command line says, or the model's own size.
+
+    ``height`` and ``width`` are pixels; ``count`` pictures use the seeds ``seed``, ``seed + 1``, ...;
+    ``line`` is where it stands, from 1.
+    """
+
+    prompt: str
+    negative: str | None = None
+    height: int | None = None
+    width: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int | None = None
+    count: int | None = None
+    line: int = 1
+
+
+# What other programs call the same thing: kohya's one-letter flags, the long ones of the A1111 web UI's
+# "prompts from file", and the argument names of diffusers.
+_ALIASES = {
+    "prompt": ("prompt", "p"),
+    "negative": ("negative", "negative_prompt", "n"),
+    "width": ("width", "w"),
+    "height": ("height", "h"),
+    "steps": ("steps", "num_inference_steps", "s"),
+    "guidance": ("guidance", "guidance_scale", "cfg_scale", "cfg", "l"),
+    "seed": ("seed", "d"),
+    "count": ("count", "n_iter", "num_images_per_prompt", "batch_size"),
+}
+_FIELD_OF = {alias: name for name, aliases in _ALIASES.items() for alias in aliases}
+_LIMITS = {
+    "width": (1, 1 << 16),
+    "height": (1, 1 << 16),
+    "steps": (1, 1000),
+    "seed": (0, MAX_SEED),
+    "count": (1, MAX_COUNT),
+}
+_FLAG = re.compile(r"(?:^|(?<=\s))--([A-Za-z]\w*)(?:[ \t=]+|$)")
+
+
+def parse_prompts(text: str, form: str = "auto") -> list[Entry]:
+    """Every prompt of a list.
+
+    Args:
+        text: the whole file.
+        form: "txt", "jsonl" or "csv"; "auto" is JSON lines if the first line is a JSON object, else text.
+
+    Returns:
+        The entries in their order; empty lines and lines starting with ``#`` (text, JSON lines) are left out.
+
+    Raises:
+        PromptError: a line with an unknown flag or key, a value out of range, no prompt; or no line at all.
+    """
+    text = text.removeprefix("\ufeff")
+    readers: dict[str, Callable[[str], Iterator[Entry]]] = {
+        "txt": _read_text,
+        "jsonl": _read_json,
+        "csv": _read_csv,
+    }
+    entries = list(readers[_guess(text) if form == "auto" else form](text))
+    if not entries:
+        raise PromptError("there is no prompt in it")
+    return entries
+
+
+def _guess(text: str) -> str:
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    try:
+        return "jsonl" if isinstance(json.loads(first), dict) else "txt"
+    except ValueError:
+        return "txt"
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        stripped = line.strip()
+        if stripped and not stripped.startswith("#"):
+            yield number, stripped
+
+
+def _read_text(text: str) -> Iterator[Entry]:
+    for number, line in _lines(text):
+        flags = list(_FLAG.finditer(line))
+        values = {"prompt": line[: flags[0].start()].strip() if flags else line}
+        ends = [*(flag.start() for flag in flags), len(line)][1:]
+        for flag, end in zip(flags, ends, strict=True):
+            name = _field(flag[1].lower(), f"--{flag[1]}", number)
+            values[name] = _unquoted(line[flag.end() : end].strip())
+        yield entry_of(values, number)
+
+
+def _unquoted(text: str) -> str:
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
+
+
+def _read_json(text: str) -> Iterator[Entry]:
+    for number, line in _lines(text):
+        try:
+            data = json.loads(line)
+        except ValueError as error:
+            raise PromptError(f"line {number} is not JSON: {error}") from None
+        data = {"prompt": data} if isinstance(data, str) else data
+        if not isinstance(data, dict):
+            raise PromptError(f"line {number} holds a {type(data).__name__}; allowed are an object or a text")
+        yield entry_of(
+            {_field(k, repr(k), number): value for k, value in data.items() if value is not None}, number
+        )
+
+
+def _read_csv(text: str) -> Iterator[Entry]:
+    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        names = {column: _field(column.strip().lower(), repr(column), 1) for column in rows.fieldnames or ()}
+        if "prompt" not in names.values():
+            raise PromptError(f"line 1 must name the columns, one of them 'prompt'; got {list(names)}")
+        for row in rows:
+            if None in row:
+                raise PromptError(f"line {rows.line_num} has more cells than line 1 has names")
+            cells = {names[column]: value.strip() for column, value in row.items() if value and value.strip()}
+            if cells:
+                yield entry_of(cells, rows.line_num)
+    except csv.Error as error:
+        raise PromptError(f"line {rows.line_num} is not CSV: {error}") from None
+
+
+def _field(alias: str, shown: str, line: int) -> str:
+    if alias not in _FIELD_OF:
+        known = ", ".join(sorted(_FIELD_OF))
+        raise PromptError(f"line {line}: {shown} is unknown; known are {known}")
+    return _FIELD_OF[alias]
+
+
+def entry_of(values: dict[str, Any], line: int) -> Entry:
+    """Checked values as an :class:`Entry`.
+
+    Raises:
+        PromptError: a value of the wrong type or out of range, or an empty prompt.
+    """
+    prompt = values.get("prompt", "")
+    for name in ("prompt", "negative"):
+        if not isinstance(values.get(name, ""), str):
+            raise PromptError(f"line {line}: {name} must be a text, got {values[name]!r}")
+    if not prompt.strip():
+        raise PromptError(f"line {line} has no prompt")
+    entry = Entry(prompt.strip(), values.get("negative"), line=line)
+    numbers: dict[str, Any] = {n: _integer(n, values[n], line) for n in _LIMITS if n in values}
+    if "guidance" in values:
+        numbers["guidance"] = _guidance(values["guidance"], line)
+    return replace(entry, **numbers)
+
+
+def _integer(name: str, value: Any, line: int) -> int:
+    low, high = _LIMITS[name]
+    try:
+        number = int(value) if isinstance(value, str) else value
+    except ValueError:
+        number = None
+    if not isinstance(number, int) or isinstance(number, bool) or not low <= number <= high:
+        raise PromptError(f"line {line}: {name} must be a whole number from {low} to {high}, got {value!r}")
+    return number
+
+
+def _guidance(value: Any, line: int) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise PromptError(f"line {line}: guidance must be a number from 0, got {value!r}")
+    return number

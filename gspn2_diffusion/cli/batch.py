@@ -1,0 +1,208 @@
+"""``gspn2 batch``: many prompts, many pictures; may be stopped, killed and started again at any time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gspn2_diffusion.batch import manifest, plan, prompts
+from gspn2_diffusion.cli import batch_run, defaults, options
+from gspn2_diffusion.cli.console import CliError, UsageError, describe, say
+
+NAME = "{index:05d}-{seed}"
+IMAGE_FORMATS = {"png": ".png", "jpg": ".jpg", "jpeg": ".jpg", "webp": ".webp"}
+
+
+def batch(
+    prompt_list: Annotated[
+        str,
+        typer.Argument(
+            metavar="PROMPTS",
+            help="A .txt, .jsonl or .csv file, or - for standard input.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder for the pictures and manifest.jsonl; made if missing.",
+            show_default=False,
+        ),
+    ],
+    input_format: Annotated[
+        str, typer.Option("--input-format", help="auto (by the file's ending), txt, jsonl or csv.")
+    ] = "auto",
+    name: Annotated[
+        str,
+        typer.Option("--name", help=f"File names without ending, from {{{'}, {'.join(plan.NAME_FIELDS)}}}."),
+    ] = NAME,
+    image_format: Annotated[str, typer.Option("--image-format", help="png, jpg or webp.")] = "png",
+    batch_size: Annotated[
+        str,
+        typer.Option(
+            "--batch-size",
+            "-b",
+            help="Pictures drawn at once; halved when memory ends. auto: up to 32 on a GPU, one on the CPU.",
+        ),
+    ] = "auto",
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="An embedded model, a folder, or a Hub id 'owner/name'.")
+    ] = defaults.MODEL,
+    steps: Annotated[int, typer.Option("--steps", min=1, max=1000, help="Denoising steps.")] = defaults.STEPS,
+    guidance: Annotated[
+        float, typer.Option("--guidance", help="How strictly to follow the prompt; 1 switches guidance off.")
+    ] = defaults.GUIDANCE,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed",
+            min=0,
+            max=prompts.MAX_SEED,
+            help="First seed of each prompt without one. By default random, and kept in the folder.",
+            show_default=False,
+        ),
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option("--height", min=1, help="Pixels; the model's own size by default.")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option("--width", min=1, help="Pixels; the model's own size by default.")
+    ] = None,
+    count: Annotated[
+        int,
+        typer.Option(
+            "--count", "-n", min=1, max=prompts.MAX_COUNT, help="Pictures of each prompt; k uses seed + k."
+        ),
+    ] = 1,
+    negative: Annotated[str, typer.Option("--negative", help="What to keep out.", show_default=False)] = "",
+    wildcards: Annotated[
+        Path | None,
+        typer.Option("--wildcards", help="Folder with name.txt for __name__ in prompts.", show_default=False),
+    ] = None,
+    literal: Annotated[
+        bool, typer.Option("--literal", help="Take {a|b} and __name__ in prompts as they stand.")
+    ] = False,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device", help="auto (with accelerate launch, each its own), cpu, cuda, cuda:N or mps."
+        ),
+    ] = "auto",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="auto (bf16 on a GPU that has it, else fp32), fp32, bf16 or fp16.")
+    ] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write the plan to stdout as JSON lines, draw nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Events as JSON lines on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no file names.")] = False,
+    debug: options.DebugOption = False,
+) -> int:
+    """Draw every prompt of a list into a folder.
+
+    Text lists have one prompt a line, with flags as in other programs: --w, --h, --s (steps), --l (guidance),
+    --d (seed), --n (negative), --count, or their long names. JSON lines and CSV use the long names as keys.
+    {a|b} and __name__ are resolved by the seed.
+
+    Run the same command again to go on where it stopped: finished pictures are never drawn twice, failed ones
+    are tried again. Ctrl+C finishes what is in hand. The processes of
+    "accelerate launch -m gspn2_diffusion batch ..." share the list.
+
+    Exit codes: 0 all drawn, 1 error, 2 wrong usage, 3 some pictures failed, 130 interrupted.
+    """
+    if not 0 <= guidance < float("inf"):
+        raise UsageError(f"--guidance must be a number from 0, got {guidance}")
+    rank, world = _process()
+    settings = plan.Defaults(
+        options.check_text("--negative", negative), height, width, steps, guidance, seed, count
+    )
+    entries = _read_entries(prompt_list, input_format)
+    template = _usage("--name", lambda: plan.check_template(name))
+    if image_format.lower() not in IMAGE_FORMATS:
+        raise UsageError(f"--image-format must be png, jpg or webp, got {image_format!r}")
+    suffix = IMAGE_FORMATS[image_format.lower()]
+    number = _batch_size(batch_size)
+    options.check_device_name(device), options.check_dtype(dtype)
+    if wildcards is not None and not wildcards.is_dir():
+        raise UsageError(f"--wildcards {str(wildcards)!r} is no folder")
+    base = _base_seed(out, entries, seed, dry_run)
+    choices = plan.Wildcards(wildcards, not literal)
+    pictures = _usage("PROMPTS", lambda: plan.expand(entries, settings, base, choices))
+    if dry_run:
+        _show_plan(pictures, template, suffix)
+        return 0
+    request = batch_run.Request(
+        pictures, out, template, suffix, number, options.check_text("--model", model), device,
+        options.check_dtype(dtype), rank, world,
+    )  # fmt: skip
+    return batch_run.run(request, as_json, quiet)
+
+
+def _usage(name: str, call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except ValueError as error:
+        raise UsageError(f"{name}: {describe(error)}") from None
+
+
+def _process() -> tuple[int, int]:
+    """Which of how many processes this is, from the variables that accelerate and torchrun set."""
+    try:
+        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    except ValueError:
+        raise UsageError("RANK and WORLD_SIZE must be whole numbers") from None
+    if not 0 <= rank < world:
+        raise UsageError(f"RANK must be from 0 to WORLD_SIZE - 1, got {rank} of {world}")
+    return rank, world
+
+
+def _read_entries(source: str, form: str) -> list[prompts.Entry]:
+    if form not in ("auto", *prompts.FORMATS):
+        raise UsageError(f"--input-format must be auto, txt, jsonl or csv, got {form!r}")
+    if source == "-" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("PROMPTS: several processes cannot share standard input; use a file")
+    try:
+        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+    except OSError as error:
+        raise CliError(f"PROMPTS {source!r} cannot be read: {error.strerror or error}") from error
+    ending = Path(source).suffix.lower().removeprefix(".")
+    if form == "auto" and ending in prompts.FORMATS:
+        form = ending
+    return _usage("PROMPTS", lambda: prompts.parse_prompts(data.decode("utf-8"), form))
+
+
+def _batch_size(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or not 1 <= int(text) <= 4096:
+        raise UsageError(f"--batch-size must be auto or a whole number from 1 to 4096, got {text!r}")
+    return int(text)
+
+
+def _base_seed(out: Path, entries: list[prompts.Entry], seed: int | None, dry_run: bool) -> int:
+    if dry_run:
+        return manifest.base_seed(out, store=False)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise PermissionError(13, "the folder is write-protected")
+        needed = seed is None and any(entry.seed is None for entry in entries)
+        return manifest.base_seed(out) if needed else 0
+    except OSError as error:
+        raise CliError(f"--out {str(out)!r} cannot be written: {error.strerror or error}") from error
+
+
+def _show_plan(pictures: list[plan.Picture], template: str, suffix: str) -> None:
+    """JSON lines. Sizes that the model decides are null, a name with the key in it shows question marks."""
+    for picture in pictures:
+        file = plan.file_name(template, picture, None, "????????") + suffix
+        say(json.dumps({**dataclasses.asdict(picture), "file": file}, ensure_ascii=False), sys.stdout)

@@ -1,0 +1,218 @@
+"""The part of ``gspn2 batch`` that loads a model and draws."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gspn2_diffusion.batch import manifest, plan
+from gspn2_diffusion.cli import options
+from gspn2_diffusion.cli.console import CliError, describe, fast_imports, quiet_libraries, say
+from gspn2_diffusion.cli.stopping import StopFlag
+
+if TYPE_CHECKING:
+    import torch
+
+    from gspn2_diffusion.batch.runner import Runner
+    from gspn2_diffusion.cli.generate import Screen
+    from gspn2_diffusion.pipelines.pipeline_gspn2 import GSPN2Pipeline
+    from gspn2_diffusion.png_metadata import GenerationSettings
+
+EXIT_SOME_FAILED = 3
+
+
+@dataclass(frozen=True)
+class Request:
+    """The checked command line."""
+
+    pictures: list[plan.Picture]
+    out: Path
+    name: str
+    suffix: str
+    batch_size: int | None
+    model: str
+    device: str
+    dtype: str
+    rank: int
+    world: int
+
+
+@dataclass
+class Reporter:
+    """Tells the user about each picture: names or JSON events on stdout, progress and failures on stderr."""
+
+    screen: Screen
+    out: Path
+    as_json: bool
+    quiet: bool
+    rank: int
+    total: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def event(self, name: str, **values: Any) -> None:
+        """One line of JSON on stdout, if events are wanted."""
+        if self.as_json:
+            line = json.dumps({"event": name, "rank": self.rank, **values}, ensure_ascii=False)
+            say(line, sys.stdout)
+
+    def record(self, record: manifest.Record) -> None:
+        """A picture was saved or has failed."""
+        self.counts[record["status"]] += 1
+        self.event("picture", **record)
+        if record["status"] == "done":
+            if not self.as_json and not self.quiet:
+                self.screen.finished(self.out / record["file"])
+        else:
+            say(f"failed: picture {record['index']}, {record['prompt']!r}: {record['error']}")
+        self.progress()
+
+    def progress(self) -> None:
+        """Moves the bar."""
+        finished = self.counts["done"] + self.counts["failed"]
+        self.screen.show("drawing", finished, self.total)
+
+
+def run(request: Request, as_json: bool, quiet: bool) -> int:
+    """Draws a checked request and returns the exit code: 0, 3 if a picture failed, 130 if interrupted.
+
+    Raises:
+        CliError: no model, another run in the folder, or the folder cannot be written.
+    """
+    from gspn2_diffusion.cli.generate import Screen
+
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(manifest.occupy(request.out, request.rank))
+        except OSError as error:
+            raise CliError(f"--out {str(request.out)!r}: {describe(error)}") from error
+        stop = stack.enter_context(StopFlag())
+        stack.enter_context(quiet_libraries())
+        screen = stack.enter_context(Screen(quiet or as_json or request.rank > 0))
+        reporter = Reporter(screen, request.out, as_json, quiet, request.rank)
+        try:
+            _draw(request, reporter, stop)
+        except OSError as error:
+            raise CliError(f"--out {str(request.out)!r} cannot be written: {describe(error)}") from error
+    counts = {name: reporter.counts[name] for name in ("done", "failed", "skipped")}
+    seconds = round(time.perf_counter() - start, 3)
+    interrupted = bool(stop)
+    reporter.event("end", **counts, interrupted=interrupted, seconds=seconds)
+    if interrupted:
+        return 130
+    if counts["failed"]:
+        say(f"error: {counts['failed']} of {sum(counts.values())} pictures failed; see {manifest.MANIFEST}")
+        return EXIT_SOME_FAILED
+    return 0
+
+
+def _draw(request: Request, reporter: Reporter, stop: StopFlag) -> None:
+    from gspn2_diffusion.batch import runner as running
+    from gspn2_diffusion.cli import loading
+
+    source = loading.find_model(request.model)
+    reporter.screen.show(f"loading {loading.display_name(request.model)}")
+    with fast_imports():
+        import torch  # noqa: F401
+
+    device = _device(request)
+    dtype = options.resolve_dtype(request.dtype, device)
+    pipe, folder = loading.load_pipeline(source, device, dtype)
+    resolved = list(_resolve(request, pipe, folder, device, dtype))
+    jobs, twice = plan.make_jobs(resolved, request.name, request.suffix)
+    if twice and request.rank == 0:
+        say(f"note: {twice} pictures were asked for twice with the same settings; each is drawn once")
+    mine = plan.share(jobs, request.rank, request.world)
+    left, adopted = running.open_jobs(request.out, mine)
+    manifest.append(request.out, adopted)
+    reporter.counts["skipped"] = len(mine) - len(left)
+    reporter.total = len(left)
+    reporter.event("plan", total=len(mine), skipped=len(mine) - len(left))
+    reporter.progress()
+    runner = _runner(request, pipe, device, reporter, stop)
+    runner.run(_without_impossible(left, pipe, runner))
+
+
+def _device(request: Request) -> torch.device:
+    """With several processes ``auto`` is the GPU of the process's number on this machine."""
+    import torch
+
+    name = request.device
+    if request.world > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+        torch.cuda.set_device(name)
+    return options.resolve_device(name)
+
+
+def _resolve(
+    request: Request, pipe: GSPN2Pipeline, folder: Path, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[plan.Picture, GenerationSettings]]:
+    import torch
+
+    from gspn2_diffusion.cli import loading
+    from gspn2_diffusion.cli.rendering import package_versions
+    from gspn2_diffusion.files import model_hash
+    from gspn2_diffusion.png_metadata import GenerationSettings
+
+    scheduler, config = loading.scheduler_settings(pipe)
+    common: dict[str, Any] = {
+        "model": loading.display_name(request.model),
+        "model_hash": model_hash(folder),
+        "scheduler": scheduler,
+        "scheduler_config": config,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
+        "versions": package_versions(device.type),
+    }
+    for picture in request.pictures:
+        yield (
+            picture,
+            GenerationSettings(
+                prompt=picture.prompt,
+                negative_prompt=picture.negative,
+                steps=picture.steps,
+                guidance_scale=picture.guidance,
+                seed=picture.seed,
+                height=picture.height or pipe.default_size,
+                width=picture.width or pipe.default_size,
+                **common,
+            ),
+        )
+
+
+def _runner(
+    request: Request, pipe: GSPN2Pipeline, device: torch.device, reporter: Reporter, stop: StopFlag
+) -> Runner:
+    from gspn2_diffusion.batch.runner import AUTO_START, Runner
+    from gspn2_diffusion.cli import rendering
+
+    automatic = AUTO_START if device.type == "cuda" else 1  # alone, a picture is bitwise the same every time
+    return Runner(
+        folder=request.out,
+        draw=lambda settings: rendering.draw_batch(pipe, settings),
+        to_image=rendering.to_image,
+        batch_size=request.batch_size or automatic,
+        report=reporter.record,
+        stop=stop.__bool__,
+    )
+
+
+def _without_impossible(jobs: list[plan.Job], pipe: GSPN2Pipeline, runner: Runner) -> list[plan.Job]:
+    """The jobs whose size the model can draw; the others are recorded as failed."""
+    possible = []
+    for job in jobs:
+        size, multiple = (job.settings.width, job.settings.height), pipe.size_multiple
+        if any(pixels % multiple for pixels in size):
+            runner.reject(job, f"{size[0]}x{size[1]} pixels: this model draws multiples of {multiple}")
+        else:
+            possible.append(job)
+    return possible
