@@ -13,6 +13,7 @@ import typer
 
 from gspn2_diffusion import __version__
 from gspn2_diffusion.cli import batch, console, doctor, generate, info, verify
+from gspn2_diffusion.webapp import command as webapp_command
 
 app = typer.Typer(
     name="gspn2",
@@ -25,6 +26,7 @@ app.command("batch")(batch.batch)
 app.command("info")(info.info)
 app.command("verify")(verify.verify)
 app.command("doctor")(doctor.doctor)
+app.command("app")(webapp_command.app)
 
 
 def _print_version(value: bool) -> None:

@@ -1,0 +1,172 @@
+"""What the page's buttons and the API's endpoints do; no components in here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator, Hashable
+from typing import Any
+
+from gspn2_diffusion import __version__
+from gspn2_diffusion.webapp.engine import Engine, Event, Finished, Progress, Waiting
+from gspn2_diffusion.webapp.errors import AppError, as_sentences
+from gspn2_diffusion.webapp.limits import MAX_SEED, SIZE_STEP, DrawRequest, Limits, check_request
+from gspn2_diffusion.webapp.records import Record, Store
+from gspn2_diffusion.webapp.restore import Restored, restore
+from gspn2_diffusion.webapp.samplers import SCHEDULERS, scheduler_name
+from gspn2_diffusion.webapp.vocabulary import (
+    Vocabulary,
+    base_size,
+    compose_prompt,
+    split_prompt,
+    vocabulary_of,
+)
+from gspn2_diffusion.webapp.waiting import Running
+
+# The controls of the page and the arguments of /generate, in this order.
+FORM = (
+    "prompt",
+    "negative_prompt",
+    "style",
+    "background",
+    "width",
+    "height",
+    "steps",
+    "guidance_scale",
+    "scheduler",
+    "seed",
+    "count",
+)
+
+
+class App:
+    """One running page: its model, its limits, its visitors."""
+
+    def __init__(self, engine: Engine, limits: Limits) -> None:
+        self.engine = engine
+        self.limits = limits
+        self.store = Store()
+        self.words: Vocabulary = vocabulary_of(engine.model)
+        self.running = Running()
+        self.base = max(limits.min_side, min(base_size(engine.source), limits.side) // SIZE_STEP * SIZE_STEP)
+
+    def request(self, prompt: Any, style: Any, background: Any, **values: Any) -> DrawRequest:
+        """Checks everything; chips become words of the prompt.
+
+        Raises:
+            AppError: with a sentence about the first thing that is wrong.
+        """
+        for name, value, known in (
+            ("style", style, self.words.styles),
+            ("background", background, self.words.background_names),
+        ):
+            if value and value not in known:
+                raise AppError(f"The {name} must be one of: {', '.join(known) or 'none for this model'}.")
+        if isinstance(prompt, str) and prompt.strip():
+            prompt = compose_prompt(prompt, style, background)
+        return check_request(self.limits, tuple(SCHEDULERS), prompt=prompt, **values)
+
+    def draw(self, visitor: Hashable, request: DrawRequest) -> Generator[Event | Record, None, None]:
+        """The engine's events; a finished picture also comes as a record, right after its event."""
+        stop = self.running.start(visitor)
+        events = self.engine.draw(request, stop)
+        try:
+            with as_sentences("drawing"):
+                for event in events:
+                    yield event
+                    if isinstance(event, Finished):
+                        yield self.store.save(event.picture, event.settings)
+        finally:
+            events.close()  # the model is free from here on
+            self.running.end(visitor, stop)
+
+    def stop(self, visitor: Hashable) -> str:
+        """Stops everything ``visitor`` has asked for."""
+        return "Stopping." if self.running.stop(visitor) else "Nothing is running."
+
+    def info(self) -> dict[str, Any]:
+        """Model, backend, limits and words, for programs."""
+        return {
+            **self.engine.info(),
+            "program": f"gspn2-diffusion {__version__}",
+            "default_size": self.base,
+            "limits": dataclasses.asdict(self.limits),
+            "schedulers": dict(SCHEDULERS),
+            "styles": list(self.words.styles),
+            "backgrounds": list(self.words.background_names),
+        }
+
+    def status_line(self) -> str:
+        """What runs, in one line for people."""
+        found = self.engine.info()
+        if found["state"] == "loading":
+            return f"{found['model']} is loading; you can already press Generate."
+        if found["state"] == "failed":
+            return f"{found['model']} could not be loaded; the server's log says why."
+        device = "the CPU" if found["device"] == "cpu" else found["device"]
+        return f"{found['model']} on {device}, {found['dtype']}, line scans by {found['backend']}"
+
+    def restore(self, path: str | None) -> Restored:
+        """The settings in an uploaded PNG.
+
+        Raises:
+            AppError: no file, not acceptable, or nothing inside.
+        """
+        if not path:
+            raise AppError("No picture came; choose or drop a PNG file.")
+        with as_sentences("reading an uploaded picture"):
+            return restore(path, self.limits)
+
+    def form_values(self, found: Restored, now: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Values for the page's controls from a picture's settings, and what could not be taken over.
+
+        Args:
+            now: the controls' present values, kept where the picture does not say or says too much.
+        """
+        prompt, style, background = split_prompt(found.prompt, self.words)
+        values = {"prompt": prompt, "style": style or "", "background": background or ""}
+        values["negative_prompt"] = found.negative_prompt
+        notes = [found.note] if found.note else []
+        steps, guidance = found.steps, found.guidance_scale
+        checks: dict[str, tuple[Any, bool]] = {
+            "steps": (steps, steps is not None and 1 <= steps <= self.limits.steps),
+            "guidance_scale": (guidance, guidance is not None and 0 <= guidance <= 20),
+            "seed": (found.seed, found.seed is not None and 0 <= found.seed <= MAX_SEED),
+            "width": (found.width, self._side_fits(found.width)),
+            "height": (found.height, self._side_fits(found.height)),
+        }
+        for name, (value, fits) in checks.items():
+            values[name] = value if fits else now[name]
+            if value is not None and not fits:
+                notes.append(f"{name.replace('_', ' ')} {value} is not possible here")
+        values["scheduler"] = scheduler_name(found.scheduler) or now["scheduler"]
+        if found.scheduler and not scheduler_name(found.scheduler):
+            notes.append(f"the scheduler {found.scheduler} is not on offer")
+        notes += self._model_note(found)
+        return values, notes
+
+    def _side_fits(self, side: int | None) -> bool:
+        low, high = self.limits.min_side, self.limits.side
+        return side is not None and low <= side <= high and side % SIZE_STEP == 0
+
+    def _model_note(self, found: Restored) -> list[str]:
+        here = str(self.engine.info().get("model_hash", ""))
+        if not found.model_hash or not here or here.startswith(found.model_hash[:10]):
+            return []
+        return [f"it was drawn by another model, {found.model or 'unknown'}"]
+
+
+def progress_line(event: Waiting | Progress) -> tuple[str, float | None]:
+    """An event as a line of text and the share of the bar that is full."""
+    if isinstance(event, Waiting):
+        if event.before:
+            return f"Waiting: {event.before} before you in the queue", 0.0
+        return "The model is loading", 0.0
+    which = f"Picture {event.number + 1} of {event.count}: " if event.count > 1 else ""
+    done = (event.number + event.done / event.total) / event.count
+    return f"{which}{event.done}/{event.total}, {duration(event.seconds_left)} left", done
+
+
+def duration(seconds: float) -> str:
+    """``8 s``, ``2 min 5 s``."""
+    minutes, rest = divmod(round(max(seconds, 0.0)), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,120 @@
+"""Finished pictures of one visitor: files with their settings inside, newest first."""
+
+from __future__ import annotations
+
+import base64
+import collections
+import html
+import itertools
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gspn2_diffusion.png_metadata import GenerationSettings, save_png
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+HISTORY = 40  # pictures a visitor sees
+MAX_FILES = 1000  # of all visitors; the oldest go first
+
+
+@dataclass(frozen=True)
+class Record:
+    """One finished picture. ``path`` is a PNG that carries ``settings``."""
+
+    path: str
+    settings: GenerationSettings
+
+    @property
+    def caption(self) -> str:
+        used = self.settings
+        return f"{used.prompt} · seed {used.seed} · {used.steps} steps · {used.width}x{used.height}"
+
+    @property
+    def data_uri(self) -> str:
+        return "data:image/png;base64," + base64.b64encode(Path(self.path).read_bytes()).decode("ascii")
+
+
+class Store:
+    """A temporary folder that is removed by :meth:`close`. Files are named for people who download them."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="gspn2-app-"))
+        self._numbers = itertools.count(1)
+        self._kept: collections.deque[Path] = collections.deque()
+
+    def save(self, picture: Image, settings: GenerationSettings) -> Record:
+        """Writes the picture as PNG with its settings inside."""
+        name = f"gspn2-{next(self._numbers):05d}-seed-{settings.seed}.png"
+        path = save_png(picture, self.folder / name, settings)
+        self._kept.append(path)
+        if len(self._kept) > MAX_FILES:
+            self._kept.popleft().unlink(missing_ok=True)
+        return Record(str(path), settings)
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def gallery_items(history: list[Record]) -> list[tuple[str, str]]:
+    """What the gallery shows: files and captions."""
+    return [(record.path, record.caption) for record in history if os.path.exists(record.path)]
+
+
+def settings_for_json(settings: GenerationSettings) -> dict[str, Any]:
+    """The settings as the API returns them, without what is the same for all pictures of a server."""
+    keys = ["prompt", "negative_prompt", "steps", "guidance_scale", "seed", "height", "width"]
+    keys += ["model", "model_hash", "scheduler", "dtype", "device"]
+    return {key: getattr(settings, key) for key in keys}
+
+
+def head_html(model: str, status: str) -> str:
+    """The page's title and what runs."""
+    return f'<div class="g2-head"><h1>{html.escape(model)}</h1><p>{html.escape(status)}</p></div>'
+
+
+def picture_html(source: str, alt: str) -> str:
+    """The large picture: a finished one or a preview, as a ``data:`` address."""
+    return f'<div class="g2-stage"><img src="{source}" alt="{html.escape(alt, quote=True)}"></div>'
+
+
+def empty_html() -> str:
+    """The stage before the first picture."""
+    return (
+        '<div class="g2-stage g2-empty"><div>Your picture appears here.<br>'
+        "<kbd>Ctrl</kbd> + <kbd>Enter</kbd> draws, <kbd>Esc</kbd> stops.</div></div>"
+    )
+
+
+def status_html(text: str, share: float | None = None) -> str:
+    """One line and a bar: ``share`` of 1 is full, None hides the bar."""
+    bar = ""
+    if share is not None:
+        bar = f'<div class="g2-bar"><div style="width:{100 * min(max(share, 0.0), 1.0):.0f}%"></div></div>'
+    return f'<div class="g2-status" role="status">{html.escape(text)}{bar}</div>'
+
+
+def details_html(record: Record) -> str:
+    """All settings of a picture that somebody may want to see, as a table."""
+    used = record.settings
+    rows = {
+        "Prompt": used.prompt,
+        "Negative": used.negative_prompt,
+        "Seed": used.seed,
+        "Size": f"{used.width} x {used.height}",
+        "Steps": used.steps,
+        "Guidance": f"{used.guidance_scale:g}",
+        "Scheduler": used.scheduler,
+        "Model": f"{used.model} ({used.model_hash[:10]})",
+        "Drawn on": f"{used.device_name or used.device}, {used.dtype}",
+    }
+    cells = "".join(
+        f"<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>"
+        for name, value in rows.items()
+        if value != ""
+    )
+    return f'<table class="g2-details">{cells}</table>'

@@ -1,0 +1,107 @@
+"""Starts the server with safe settings."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from dataclasses import dataclass, field
+from typing import Any
+
+from gspn2_diffusion.webapp.limits import Limits
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How to serve. None leaves a value to Gradio's own variables and defaults (127.0.0.1, port 7860 on).
+
+    Attributes:
+        auth: ``(user, password)``; None lets everybody in who can reach the address.
+    """
+
+    model: str
+    device: str = "auto"
+    dtype: str = "auto"
+    host: str | None = None
+    port: int | None = None
+    share: bool = False
+    auth: tuple[str, str] | None = None
+    browser: bool = False
+    limits: Limits = field(default_factory=Limits)
+
+
+def launch(options: ServerOptions, block: bool = True) -> Any:
+    """Serves the page.
+
+    Args:
+        block: False returns at once; the caller closes what is returned (``page.blocks.close()``).
+
+    Returns:
+        The :class:`gspn2_diffusion.webapp.ui.Page`.
+
+    Raises:
+        CliError: the model does not exist.
+        OSError: the port is taken.
+    """
+    from gspn2_diffusion.webapp.engine import Engine
+
+    engine = Engine(options.model, options.device, options.dtype, options.limits.queue)
+    engine.load_in_background()  # while Gradio is imported
+    # A folder of its own for uploads: their addresses contain it, and nobody else's files lie there.
+    os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="gspn2-uploads-"))
+    from gspn2_diffusion.webapp.handlers import App
+    from gspn2_diffusion.webapp.style import CSS, HEAD, chip_css
+    from gspn2_diffusion.webapp.ui import Page
+
+    app = App(engine, options.limits)
+    page = Page(app)
+    # Every waiting visitor holds a Gradio job; the engine's line is the one that says "full".
+    page.blocks.queue(max_size=4 * options.limits.queue)
+    try:
+        page.blocks.launch(
+            server_name=options.host,
+            server_port=options.port,
+            share=options.share or os.environ.get("GRADIO_SHARE", "").lower() == "true",
+            auth=options.auth,
+            inbrowser=options.browser,
+            prevent_thread_lock=True,
+            max_threads=40 + options.limits.queue,
+            max_file_size=options.limits.upload_bytes,
+            show_error=False,
+            run_history=False,
+            ssr_mode=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            num_workers=0,  # else it listens on a second port
+            footer_links=["api", "settings"],
+            theme=_theme(),
+            css=CSS + chip_css(app.words),
+            head=HEAD,
+            quiet=False,
+        )
+        if block:
+            page.blocks.block_thread()
+    finally:
+        if block:
+            app.store.close()
+    return page
+
+
+def _theme() -> Any:
+    """Plain labels, and fonts of the visitor's own system: nothing is fetched from elsewhere."""
+    import gradio as gr
+
+    theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    plain = {"background_fill": "transparent", "text_color": "*body_text_color_subdued"}
+    labels = ("block_title", "block_label")
+    return theme.set(
+        **{
+            f"{label}_{name}{mode}": value
+            for label in labels
+            for name, value in plain.items()
+            for mode in ("", "_dark")
+        },
+        block_title_padding="0",
+    )

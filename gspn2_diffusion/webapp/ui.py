@@ -1,0 +1,297 @@
+"""The page: components and which function each of them calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gradio as gr
+
+from gspn2_diffusion.cli import defaults
+from gspn2_diffusion.webapp import api
+from gspn2_diffusion.webapp.engine import Progress, Waiting
+from gspn2_diffusion.webapp.errors import AppError
+from gspn2_diffusion.webapp.handlers import FORM, App, progress_line
+from gspn2_diffusion.webapp.limits import MAX_GUIDANCE, MAX_PROMPT, RANDOM_SEED, SIZE_STEP
+from gspn2_diffusion.webapp.preview import data_uri
+from gspn2_diffusion.webapp.records import (
+    HISTORY,
+    Record,
+    details_html,
+    empty_html,
+    gallery_items,
+    head_html,
+    picture_html,
+    status_html,
+)
+from gspn2_diffusion.webapp.restore import Restored, from_settings
+from gspn2_diffusion.webapp.samplers import SCHEDULERS
+from gspn2_diffusion.webapp.vocabulary import ASPECTS, aspect_size
+
+FREE = "free"
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+
+class Page:
+    """Builds the components, then connects them. ``blocks`` is what Gradio serves."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+        self.form: dict[str, Any] = {}
+        title = f"{app.engine.model} - GSPN-2 diffusion"
+        with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 7200)) as self.blocks:
+            self.history = gr.State([], time_to_live=7200)
+            self.chosen = gr.State([])  # the last two pictures that were clicked, newest first
+            self.head = gr.HTML(self._head_html)
+            with gr.Row(equal_height=False):
+                with gr.Column(scale=5, min_width=320):
+                    self._build_form()
+                with gr.Column(scale=6, min_width=320):
+                    self._build_results()
+            self._connect()
+            api.add_endpoints(app, self.form)
+
+    @property
+    def inputs(self) -> list[Any]:
+        """The controls in the order of :data:`FORM`."""
+        return [self.form[name] for name in FORM]
+
+    # Components
+
+    def _build_form(self) -> None:
+        app, form = self.app, self.form
+        form["prompt"] = gr.Textbox(
+            label="Prompt",
+            placeholder="a red apple",
+            lines=2,
+            max_lines=6,
+            max_length=MAX_PROMPT,
+            autofocus=True,
+            elem_id="g2-prompt",
+        )
+        gr.Examples([[text] for text in app.words.examples], form["prompt"], label="Try", api_name=False)
+        form["style"] = self._chips("Style", app.words.styles, "g2-style")
+        form["background"] = self._chips("Background", app.words.background_names, "g2-background")
+        with gr.Row(elem_id="g2-buttons"):
+            self.generate = gr.Button("Generate", variant="primary", scale=3, elem_id="g2-generate")
+            self.stop = gr.Button("Stop", variant="stop", scale=1, min_width=90, elem_id="g2-stop")
+        self._build_size()
+        with gr.Accordion("More settings", open=False):
+            self._build_more()
+        with gr.Accordion("Settings from a picture", open=False):
+            self.drop = gr.File(
+                label="Drop a PNG drawn here", file_types=[".png"], elem_id="g2-drop", height=110
+            )
+
+    def _chips(self, label: str, words: tuple[str, ...], elem_id: str) -> Any:
+        choices = [("any", ""), *((word, word) for word in words)]
+        return gr.Radio(
+            choices, value="", label=label, visible=bool(words), elem_id=elem_id, elem_classes="g2-chips"
+        )
+
+    def _build_size(self) -> None:
+        app, form = self.app, self.form
+        self.aspect = gr.Radio(
+            [*ASPECTS, FREE], value="1:1", label="Shape", elem_id="g2-aspect", elem_classes="g2-chips"
+        )
+        with gr.Row():
+            for name in ("width", "height"):
+                form[name] = gr.Slider(
+                    app.limits.min_side,
+                    app.limits.side,
+                    app.base,
+                    step=SIZE_STEP,
+                    label=f"{name.capitalize()} (pixels)",
+                    min_width=140,
+                    elem_id=f"g2-{name}",
+                )
+
+    def _build_more(self) -> None:
+        limits, form = self.app.limits, self.form
+        form["negative_prompt"] = gr.Textbox(
+            label="Negative prompt", placeholder="what to keep out", max_length=MAX_PROMPT
+        )
+        with gr.Row():
+            form["steps"] = gr.Slider(
+                1, limits.steps, min(defaults.STEPS, limits.steps), step=1, label="Steps", min_width=140
+            )
+            form["guidance_scale"] = gr.Slider(
+                0, MAX_GUIDANCE, defaults.GUIDANCE, step=0.1, label="Guidance", min_width=140
+            )
+        with gr.Row():
+            form["scheduler"] = gr.Dropdown(
+                [(label, name) for name, label in SCHEDULERS.items()],
+                value="euler",
+                label="Scheduler",
+                min_width=140,
+            )
+            form["count"] = gr.Slider(1, limits.count, 1, step=1, label="Pictures", min_width=140)
+        with gr.Row(equal_height=True):
+            form["seed"] = gr.Number(
+                0, label="Seed", precision=0, minimum=0, min_width=140, elem_id="g2-seed"
+            )
+            self.random = gr.Checkbox(
+                True, label="A new seed each time", container=False, min_width=140, elem_id="g2-random"
+            )
+
+    def _build_results(self) -> None:
+        self.stage = gr.HTML(empty_html(), elem_id="g2-stage")
+        self.status = gr.HTML(status_html(""), elem_id="g2-status")
+        self.gallery = gr.Gallery(
+            label="Pictures of this visit",
+            columns=5,
+            height="auto",
+            object_fit="contain",
+            fit_columns=False,
+            allow_preview=False,
+            format="png",
+            interactive=False,
+            buttons=[],
+            elem_id="g2-gallery",
+        )
+        with gr.Column(visible=False) as self.panel:
+            self.details = gr.HTML(elem_id="g2-details")
+            with gr.Row():
+                self.reuse = gr.Button("Use these settings", size="sm", elem_id="g2-reuse")
+                self.download = gr.DownloadButton("Download PNG", size="sm", elem_id="g2-download")
+        with gr.Accordion(
+            "Compare the last two pictures you clicked", open=False, visible=False
+        ) as self.pair:
+            self.slider = gr.ImageSlider(type="filepath", show_label=False, interactive=False, format="png")
+
+    # Connections
+
+    def _connect(self) -> None:
+        self._connect_drawing()
+        sizes = [self.form["width"], self.form["height"]]
+        self.aspect.input(self._on_aspect, self.aspect, sizes, queue=False, **QUIET)
+        for size in sizes:
+            size.input(lambda: FREE, None, self.aspect, queue=False, **QUIET)
+        shown = [self.chosen, self.stage, self.panel, self.details, self.download, self.pair, self.slider]
+        self.gallery.select(self._on_select, [self.history, self.chosen], shown, **QUIET)
+        filled = [*self.inputs, self.random, self.aspect, self.status]
+        self.reuse.click(self._on_reuse, [self.chosen, *self.inputs], filled, **QUIET)
+        self.drop.upload(self._on_drop, [self.drop, *self.inputs], filled, **QUIET)
+        timer = gr.Timer(2.0)
+        timer.tick(self._on_timer, None, [self.head, timer], queue=False, **QUIET)
+        self.blocks.unload(self._on_unload)
+
+    def _connect_drawing(self) -> None:
+        gr.on(
+            [self.generate.click],
+            self._on_generate,
+            [*self.inputs, self.random, self.history],
+            [self.stage, self.status, self.gallery, self.history, self.form["seed"]],
+            concurrency_limit=None,  # the engine keeps the line, so that it can tell positions
+            trigger_mode="once",
+            **QUIET,
+        )
+        self.stop.click(self._on_stop, None, self.status, queue=False, **QUIET)
+
+    # What happens
+
+    def _head_html(self) -> str:
+        return head_html(self.app.engine.model, self.app.status_line())
+
+    def _on_timer(self) -> tuple[str, Any]:
+        return self._head_html(), gr.Timer(active=not self.app.engine.wait(0))
+
+    def _on_generate(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
+        """Yields stage, status, gallery, history, seed."""
+        *form, random, history = values
+        wish = dict(zip(FORM, form, strict=True))
+        if random:
+            wish["seed"] = RANDOM_SEED
+        checked = _shown(self.app.request, **wish)
+        total, same = 0, gr.skip()
+        yield same, status_html("Starting", 0.0), same, same, checked.seed
+        events = self.app.draw(request.session_hash, checked)
+        try:
+            for event in _shown_iterator(events):
+                if isinstance(event, (Waiting, Progress)):
+                    yield self._step(event), status_html(*progress_line(event)), same, same, same
+                elif isinstance(event, Record):
+                    history, total = [event, *history][:HISTORY], total + 1
+                    stage = picture_html(event.data_uri, event.caption)
+                    yield stage, same, gallery_items(history), history, same
+        finally:
+            events.close()
+        yield same, status_html(_ending(total, checked.count)), same, same, same
+
+    def _step(self, event: Waiting | Progress) -> Any:
+        if isinstance(event, Progress) and event.preview is not None:
+            return picture_html(data_uri(event.preview), "preview")
+        return gr.skip()
+
+    def _on_stop(self, request: gr.Request) -> str:
+        return status_html(self.app.stop(request.session_hash))
+
+    def _on_unload(self, request: gr.Request) -> None:
+        self.app.stop(request.session_hash)
+
+    def _on_aspect(self, aspect: str) -> tuple[Any, Any]:
+        if aspect == FREE:
+            return gr.skip(), gr.skip()
+        width, height = aspect_size(aspect, self.app.base, self.app.limits.side)
+        low = self.app.limits.min_side
+        return max(width, low), max(height, low)
+
+    def _on_select(
+        self, history: list[Record], chosen: list[Record], event: gr.SelectData
+    ) -> tuple[Any, ...]:
+        index = event.index if isinstance(event.index, int) else 0
+        visible = [record for record in history if gallery_items([record])]
+        if not 0 <= index < len(visible):
+            raise gr.Error("This picture is gone; draw it again.", print_exception=False)
+        record = visible[index]
+        chosen = [
+            record,
+            *(other for other in chosen if other.path != record.path and gallery_items([other])),
+        ]
+        chosen = chosen[:2]
+        pair = (chosen[1].path, chosen[0].path) if len(chosen) == 2 else None
+        return (
+            chosen,
+            picture_html(record.data_uri, record.caption),
+            gr.Column(visible=True),
+            details_html(record),
+            gr.DownloadButton(value=record.path),
+            gr.Accordion(visible=pair is not None),
+            pair,
+        )
+
+    def _on_reuse(self, chosen: list[Record], *form: Any) -> tuple[Any, ...]:
+        if not chosen:
+            raise gr.Error("Click a picture first.", print_exception=False)
+        return self._fill(from_settings(chosen[0].settings), form)
+
+    def _on_drop(self, path: str | None, *form: Any) -> tuple[Any, ...]:
+        return self._fill(_shown(self.app.restore, path), form)
+
+    def _fill(self, found: Restored, form: tuple[Any, ...]) -> tuple[Any, ...]:
+        values, notes = self.app.form_values(found, dict(zip(FORM, form, strict=True)))
+        text = "Settings taken over." + (f" Note: {'; '.join(notes)}." if notes else "")
+        keeps_seed = found.seed is None or values["seed"] != found.seed
+        controls = [values.get(name, gr.skip()) for name in FORM]
+        return (*controls, keeps_seed, FREE, status_html(text))
+
+
+def _shown(function: Callable[..., Any], *args: Any, **values: Any) -> Any:
+    """The result of ``function``; its :class:`AppError` becomes a message on the page."""
+    try:
+        return function(*args, **values)
+    except AppError as error:
+        raise gr.Error(str(error), print_exception=False) from None
+
+
+def _shown_iterator(items: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield from items
+    except AppError as error:
+        raise gr.Error(str(error), print_exception=False) from None
+
+
+def _ending(drawn: int, wanted: int) -> str:
+    if drawn == wanted:
+        return "Done" if wanted == 1 else f"Done: {drawn} pictures"
+    return f"Stopped after {drawn} of {wanted}" if wanted > 1 else "Stopped"
