@@ -15,6 +15,8 @@ _EXPORTS = {
     "GSPN2Mixer": "gspn2_diffusion.layers.mixer",
     "GSPN2Transformer2DModel": "gspn2_diffusion.models.transformer_gspn2",
     "GSPN2Pipeline": "gspn2_diffusion.pipelines.pipeline_gspn2",
+    "GSPN2Img2ImgPipeline": "gspn2_diffusion.pipelines.pipeline_gspn2_img2img",
+    "GSPN2InpaintPipeline": "gspn2_diffusion.pipelines.pipeline_gspn2_inpaint",
     "GSPN2PipelineOutput": "gspn2_diffusion.pipelines.pipeline_output",
 }
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from gspn2_diffusion.models.transformer_gspn2 import GSPN2Transformer2DModel
     from gspn2_diffusion.ops.line_scan import line_scan
     from gspn2_diffusion.pipelines.pipeline_gspn2 import GSPN2Pipeline
+    from gspn2_diffusion.pipelines.pipeline_gspn2_img2img import GSPN2Img2ImgPipeline
+    from gspn2_diffusion.pipelines.pipeline_gspn2_inpaint import GSPN2InpaintPipeline
     from gspn2_diffusion.pipelines.pipeline_output import GSPN2PipelineOutput
 
 

@@ -136,6 +136,13 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be finite, got {value}")
 
 
+def check_fraction(name: str, value: Any) -> None:
+    """A number in [0, 1]."""
+    check_number(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"`{name}` must lie in [0, 1], got {value}")
+
+
 def check_size(name: str, value: Any, multiple: int) -> None:
     """A picture's height or width in pixels, a multiple of the VAE's scale times the patch size."""
     check_count(name, value)

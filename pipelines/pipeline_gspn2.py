@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-from gspn2_diffusion.pipelines import input_checks
-from gspn2_diffusion.pipelines.base import ENCODED, GSPN2PipelineBase, Tensors
+from gspn2_diffusion.pipelines.base import GSPN2PipelineBase
+from gspn2_diffusion.pipelines.call import CallInputs, Generators, StepCallback
+from gspn2_diffusion.pipelines.guidance import Guidance
 from gspn2_diffusion.pipelines.pipeline_output import GSPN2PipelineOutput
 
 
@@ -32,7 +31,7 @@ class GSPN2Pipeline(GSPN2PipelineBase):
         num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators | None = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         prompt_attention_mask: torch.Tensor | None = None,
@@ -43,12 +42,12 @@ class GSPN2Pipeline(GSPN2PipelineBase):
         output_type: str = "pil",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
-        callback_on_step_end: Callable[..., dict[str, Any]]
-        | PipelineCallback
-        | MultiPipelineCallbacks
-        | None = None,
+        callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
         max_sequence_length: int | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_rescale: float = 0.0,
+        guider: Any = None,
     ) -> GSPN2PipelineOutput | tuple[Any]:
         r"""Draws ``B * num_images_per_prompt`` pictures.
 
@@ -68,54 +67,46 @@ class GSPN2Pipeline(GSPN2PipelineBase):
             callback_on_step_end: ``callback(pipeline, step, timestep, tensors) -> tensors`` after every step.
             callback_on_step_end_tensor_inputs: which of ``_callback_tensor_inputs`` the callback gets.
             max_sequence_length: text tokens; by default the model's, at most the tokenizer's.
+            guidance_interval: fractions of the steps between which guidance is on, (start, end).
+            guidance_rescale: 0 to 1, takes back the contrast that guidance adds (arXiv 2305.08891).
+            guider: one of ``diffusers.guiders``, such as ``AdaptiveProjectedGuidance(guidance_scale=6.0)``,
+                instead of ``guidance_scale``, ``guidance_interval`` and ``guidance_rescale``.
 
         Raises:
             ValueError, TypeError: before any heavy work, naming the argument.
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        call = CallInputs(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            embeds={
+                "prompt_embeds": prompt_embeds,
+                "prompt_attention_mask": prompt_attention_mask,
+                "pooled_prompt_embeds": pooled_prompt_embeds,
+                "negative_prompt_embeds": negative_prompt_embeds,
+                "negative_prompt_attention_mask": negative_prompt_attention_mask,
+                "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
+            },
+            guidance=Guidance(guidance_scale, guidance_interval, guidance_rescale, guider),
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            attention_kwargs=attention_kwargs,
+            callback=callback_on_step_end,
+            callback_inputs=callback_on_step_end_tensor_inputs,
+            max_sequence_length=max_sequence_length,
+        )
         self.check_components()
-        embeds: Tensors = {
-            "prompt_embeds": prompt_embeds,
-            "prompt_attention_mask": prompt_attention_mask,
-            "pooled_prompt_embeds": pooled_prompt_embeds,
-            "negative_prompt_embeds": negative_prompt_embeds,
-            "negative_prompt_attention_mask": negative_prompt_attention_mask,
-            "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
-        }
-        generator = list(generator) if isinstance(generator, tuple) else generator
         height = self.default_size if height is None else height
         width = self.default_size if width is None else width
-        input_checks.check_number("guidance_scale", guidance_scale)
-        self._guidance_scale = float(guidance_scale)
-        batch = self.check_text_inputs(prompt, negative_prompt, embeds, max_sequence_length)
-        input_checks.check_count("num_images_per_prompt", num_images_per_prompt)
-        images = batch * num_images_per_prompt
-        self.check_picture_inputs(images, height, width, generator, latents)
-        input_checks.check_schedule(num_inference_steps, timesteps, sigmas)
-        input_checks.check_output_type(output_type)
-        input_checks.check_callback(
-            callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
-        )
-        self._attention_kwargs = attention_kwargs
-        self._interrupt = False
+        images = self.begin_call(call, height, width)
         device = self._execution_device
 
         steps, count = self.prepare_timesteps(num_inference_steps, timesteps, sigmas, height, width, device)
-        encoded = self.encode_prompt(
-            prompt,
-            self.do_classifier_free_guidance,
-            negative_prompt,
-            num_images_per_prompt,
-            device,
-            max_sequence_length=max_sequence_length,
-            **embeds,
-        )
-        tensors: Tensors = dict(zip(ENCODED, encoded, strict=True))
-        tensors["latents"] = self.prepare_latents(images, height, width, device, generator, latents)
-        self.denoise(
-            tensors, steps, count, generator, callback_on_step_end, callback_on_step_end_tensor_inputs
-        )
-        pictures = self.decode_latents(tensors["latents"], output_type)
-        self.maybe_free_model_hooks()
-        return GSPN2PipelineOutput(images=pictures) if return_dict else (pictures,)
+        tensors = self.encode_call(call, device)
+        tensors["latents"] = self.prepare_latents(images, height, width, device, call.generator, latents)
+        self.denoise(tensors, steps, count, call)
+        return self.finish_call(self.decode_latents(tensors["latents"], output_type), return_dict)

@@ -9,6 +9,8 @@ import PIL.Image
 import torch
 from diffusers.utils import BaseOutput
 
+Pictures = list[PIL.Image.Image] | np.ndarray | torch.Tensor
+
 
 @dataclass
 class GSPN2PipelineOutput(BaseOutput):
@@ -20,4 +22,4 @@ class GSPN2PipelineOutput(BaseOutput):
             in [0, 1], ``"latent"`` the final latents ``(N, C, H / f, W / f)`` float32.
     """
 
-    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    images: Pictures
