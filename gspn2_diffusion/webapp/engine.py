@@ -268,7 +268,7 @@ def _load(source: str, model: str, device_name: str, dtype_name: str) -> _Loaded
         import torch
 
         from gspn2_diffusion.webapp.preview import LatentPreview
-    from gspn2_diffusion.cli.generate import package_versions
+    from gspn2_diffusion.cli.rendering import package_versions
     from gspn2_diffusion.files import model_hash
     from gspn2_diffusion.png_metadata import GenerationSettings
 

@@ -42,7 +42,7 @@ class Page:
         with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 7200)) as self.blocks:
             self.history = gr.State([], time_to_live=7200)
             self.chosen = gr.State([])  # the last two pictures that were clicked, newest first
-            self.head = gr.HTML(self._head_html)
+            self.head = gr.HTML(self._head_html())
             with gr.Row(equal_height=False):
                 with gr.Column(scale=5, min_width=320):
                     self._build_form()
@@ -61,6 +61,7 @@ class Page:
     def _build_form(self) -> None:
         app, form = self.app, self.form
         form["prompt"] = gr.Textbox(
+            "",  # a value makes it optional in the API, where a sentence is better than a missing argument
             label="Prompt",
             placeholder="a red apple",
             lines=2,
@@ -109,11 +110,17 @@ class Page:
     def _build_more(self) -> None:
         limits, form = self.app.limits, self.form
         form["negative_prompt"] = gr.Textbox(
-            label="Negative prompt", placeholder="what to keep out", max_length=MAX_PROMPT
+            "", label="Negative prompt", placeholder="what to keep out", max_length=MAX_PROMPT
         )
         with gr.Row():
             form["steps"] = gr.Slider(
-                1, limits.steps, min(defaults.STEPS, limits.steps), step=1, label="Steps", min_width=140
+                1,
+                limits.steps,
+                min(defaults.STEPS, limits.steps),
+                step=1,
+                label="Steps",
+                min_width=140,
+                elem_id="g2-steps",
             )
             form["guidance_scale"] = gr.Slider(
                 0, MAX_GUIDANCE, defaults.GUIDANCE, step=0.1, label="Guidance", min_width=140
@@ -172,6 +179,7 @@ class Page:
         filled = [*self.inputs, self.random, self.aspect, self.status]
         self.reuse.click(self._on_reuse, [self.chosen, *self.inputs], filled, **QUIET)
         self.drop.upload(self._on_drop, [self.drop, *self.inputs], filled, **QUIET)
+        self.blocks.load(self._head_html, None, self.head, queue=False, **QUIET)
         timer = gr.Timer(2.0)
         timer.tick(self._on_timer, None, [self.head, timer], queue=False, **QUIET)
         self.blocks.unload(self._on_unload)

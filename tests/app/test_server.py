@@ -1,0 +1,146 @@
+"""The served page through gradio_client: every endpoint, stop, limits, uploads, what is not to be reached."""
+
+from __future__ import annotations
+
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from gspn2_diffusion.png_metadata import read_settings
+
+gradio_client = pytest.importorskip(
+    "gradio_client", reason='needs gradio: pip install "gspn2-diffusion[app]"'
+)
+
+WISH: dict[str, Any] = {"prompt": "a red apple", "width": 32, "height": 16, "steps": 3, "seed": 5}
+
+
+@pytest.fixture
+def client(server: Any, tmp_path: Path) -> Any:
+    return gradio_client.Client(server.blocks.local_url, verbose=False, download_files=str(tmp_path))
+
+
+def test_only_the_documented_endpoints_are_named(client: Any) -> None:
+    named = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    assert sorted(named) == ["/generate", "/info", "/settings", "/stop"]
+
+
+def test_generate_gives_files_with_their_settings(client: Any) -> None:
+    files, settings = client.predict(**WISH, count=2, api_name="/generate")
+    assert len(files) == 2
+    assert [entry["seed"] for entry in settings] == [5, 6]
+    with Image.open(files[1]) as picture:
+        assert picture.size == (32, 16)
+    inside = read_settings(files[1])
+    assert (inside.prompt, inside.seed, inside.steps) == ("a red apple", 6, 3)
+
+
+def test_random_seed_and_defaults(client: Any) -> None:
+    seeds = [client.predict(prompt="a rocket", steps=1, api_name="/generate")[1][0]["seed"] for _ in range(2)]
+    assert seeds[0] != seeds[1]
+
+
+def test_settings_of_a_picture_come_back(client: Any) -> None:
+    files, _ = client.predict(**WISH, negative_prompt="blue", api_name="/generate")
+    found = client.predict(gradio_client.handle_file(files[0]), api_name="/settings")
+    assert (found["prompt"], found["negative_prompt"], found["seed"]) == ("a red apple", "blue", 5)
+
+
+def test_info(client: Any, tiny_model: Path) -> None:
+    info = client.predict(api_name="/info")
+    assert info["state"] == "ready"
+    assert info["backend"] == "plain torch"
+    assert info["limits"]["side"] == 128
+    assert set(info["schedulers"]) == {"euler", "heun", "dpm++2m", "unipc"}
+    assert str(tiny_model.parent) not in str(info)
+
+
+def test_stop_half_way_keeps_what_is_finished(client: Any, server: Any) -> None:
+    job = client.submit(**{**WISH, "steps": 400, "width": 128, "height": 128}, count=3, api_name="/generate")
+    deadline = time.monotonic() + 60
+    while len(server.app.engine.line) == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.5)
+    assert client.predict(api_name="/stop") == "Stopping."
+    files, _ = job.result(timeout=30)
+    assert len(files or []) < 3
+    assert len(server.app.engine.line) == 0
+    assert client.predict(api_name="/stop") == "Nothing is running."
+    assert len(client.predict(**WISH, api_name="/generate")[0]) == 1
+
+
+def test_one_visitor_cannot_stop_another(client: Any, server: Any, tmp_path: Path) -> None:
+    other = gradio_client.Client(server.blocks.local_url, verbose=False, download_files=str(tmp_path))
+    job = client.submit(**{**WISH, "steps": 100}, api_name="/generate")
+    assert other.predict(api_name="/stop") == "Nothing is running."
+    assert len(job.result(timeout=60)[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prompt": ""}, "prompt is empty"),
+        ({"width": 256}, "128"),
+        ({"width": 40}, "multiple of 16"),
+        ({"steps": 401}, "400"),
+        ({"count": 4}, "3"),
+        ({"seed": -7}, "seed|minimum|Value -7"),
+        ({"style": "watercolour"}, "watercolour|style"),
+        ({"scheduler": "os.system"}, "os.system|scheduler"),
+    ],
+)
+def test_limits_hold_for_programs_too(client: Any, change: dict[str, Any], words: str) -> None:
+    with pytest.raises(Exception, match=words):
+        client.predict(**{**WISH, **change}, api_name="/generate")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.png", b"not a picture", "not a PNG"),
+        ("a.txt", b"not a picture", "file type|Invalid"),
+        ("a.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + b"\xff" * 8 + b"\0" * 20, "too large"),
+    ],
+)
+def test_bad_uploads(client: Any, tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(Exception, match=words) as failure:
+        client.predict(gradio_client.handle_file(path), api_name="/settings")
+    assert "gspn2-" not in str(failure.value)
+
+
+def test_large_uploads_are_refused(client: Any, tmp_path: Path) -> None:
+    path = tmp_path / "large.png"
+    path.write_bytes(b"\x89PNG" + b"\0" * 20_000_001)
+    with pytest.raises(Exception, match=r"413|size|large"):
+        client.predict(gradio_client.handle_file(path), api_name="/settings")
+
+
+@pytest.mark.parametrize("target", ["/etc/passwd", "MODEL/model_index.json", "app.py", "pyproject.toml"])
+def test_files_of_the_server_cannot_be_fetched(server: Any, tiny_model: Path, target: str) -> None:
+    path = target.replace("MODEL", str(tiny_model))
+    for route in ("gradio_api/file=", "file=", "gradio_api/file/", "static/../"):
+        with pytest.raises(urllib.error.HTTPError) as failure:
+            urllib.request.urlopen(f"{server.blocks.local_url}{route}{path}", timeout=10)
+        assert failure.value.code in (403, 404)
+
+
+def test_page_tells_no_path_of_the_server(server: Any, tiny_model: Path) -> None:
+    for route in ("", "config", "gradio_api/info"):
+        with urllib.request.urlopen(f"{server.blocks.local_url}{route}", timeout=10) as answer:
+            text = answer.read().decode()
+        assert str(tiny_model.parent) not in text
+        assert str(Path.cwd()) not in text
+        assert str(Path.home()) + "/" not in text
+
+
+def test_listens_on_this_machine_only(server: Any) -> None:
+    assert server.blocks.server_name == "127.0.0.1"
+    assert not server.blocks.share
