@@ -8,11 +8,12 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from gspn2_diffusion.cli import batch, doctor, generate, info, verify
+from gspn2_diffusion.cli import batch, doctor, generate, info, sheet, verify
 
 COMMANDS: tuple[Callable[..., Any], ...] = (
     generate.generate,
     batch.batch,
+    sheet.sheet,
     info.info,
     verify.verify,
     doctor.doctor,
@@ -54,7 +55,7 @@ picture's seed decides them, and what they became is what is recorded.
 Pictures, and `manifest.jsonl` with one line for each: `status` (`done` or `failed`), `key` (hash of all
 settings that decide the picture), `index` in the list, all settings as in the picture itself (`prompt`,
 `seed`, `model_hash`, ...), `file`, `sha256` and `bytes` of the file, `seconds`, `time`; `template` where
-wildcards were resolved; `error` where it failed. If a picture failed and was drawn later, its last line counts.
+wildcards were resolved; `error` where it failed. If a picture failed first, its last line counts.
 
 A picture is never drawn twice: when the command runs again, those that are recorded and whole are skipped,
 also if the list has grown or changed its order. Prompts without a seed keep theirs, because the folder
