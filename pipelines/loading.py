@@ -8,7 +8,13 @@ from typing import Any
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from typing_extensions import Self
 
-from gspn2_diffusion.pipelines.model_folders import check_model_folder, remove_local_paths, resolve_model
+from gspn2_diffusion.pipelines.model_folders import (
+    check_model_folder,
+    class_name,
+    remove_local_paths,
+    resolve_model,
+    write_pipeline_file,
+)
 
 
 class LoadablePipeline(DiffusionPipeline):
@@ -50,3 +56,21 @@ class LoadablePipeline(DiffusionPipeline):
             raise ValueError("`safe_serialization` must be True: weights are never pickled, got False")
         super().save_pretrained(save_directory, safe_serialization=True, **kwargs)
         remove_local_paths(save_directory)
+
+    def save_config(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """As ``DiffusionPipeline.save_config``, with the file by which plain diffusers finds the pipeline.
+
+        With it ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`` works.
+        """
+        super().save_config(save_directory, push_to_hub, **kwargs)
+        write_pipeline_file(save_directory, type(self).__name__)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        """Reads an index. Called on our class, diffusers must not look for it in the folder's file again."""
+        config = super()._dict_from_json_file(json_file)
+        if "_class_name" in config:
+            config["_class_name"] = class_name(config)
+        return config

@@ -15,6 +15,21 @@ import gspn2_diffusion.checkpoints
 EMBEDDED_MODELS = ("gspn2-emoji",)
 INDEX_NAME = "model_index.json"
 
+# diffusers' name for it, without the ending. Every folder's file is copied to the same place of a cache, so each
+# knows all pipelines, but names only its own (diffusers allows just one).
+PIPELINE_FILE = "pipeline"
+_PIPELINE_CODE = '''"""Lets diffusers load this folder by trust_remote_code=True; needs gspn2-diffusion."""
+
+import gspn2_diffusion
+from gspn2_diffusion.pipelines import {name}
+
+__all__ = ["{name}"]
+
+
+def __getattr__(name):
+    return getattr(gspn2_diffusion, name)
+'''
+
 
 def embedded_model_folder(name: str) -> Path:
     """The folder of a model that ships inside the package."""
@@ -136,6 +151,25 @@ def remove_local_paths(folder: str | os.PathLike[str]) -> None:
         source = config.get("_name_or_path")
         if isinstance(source, str) and (_only_local(source, source) or os.path.exists(source)):
             del config["_name_or_path"]
-            temporary = file.with_name(file.name + ".tmp")
-            temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            os.replace(temporary, file)
+            _write(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def class_name(index: dict[str, Any]) -> str:
+    """The pipeline's class in an index, which names it alone or as ``[file, class]``."""
+    value = index["_class_name"]
+    return str(value[-1] if isinstance(value, (list, tuple)) and value else value)
+
+
+def write_pipeline_file(folder: str | os.PathLike[str], name: str) -> None:
+    """Writes ``pipeline.py`` beside a saved index, and names it there: ``["pipeline", name]``."""
+    index_file, code_file = Path(folder) / INDEX_NAME, Path(folder) / f"{PIPELINE_FILE}.py"
+    index = json.loads(index_file.read_text(encoding="utf-8"))
+    index["_class_name"] = [PIPELINE_FILE, name]
+    _write(code_file, _PIPELINE_CODE.format(name=name))
+    _write(index_file, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _write(file: Path, text: str) -> None:
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)

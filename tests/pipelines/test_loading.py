@@ -50,7 +50,7 @@ def test_round_trip(pipe: GSPN2Pipeline, saved: Path) -> None:
 
 def test_index_names_the_public_module_of_the_transformer(saved: Path) -> None:
     index = json.loads((saved / "model_index.json").read_text())
-    assert index["_class_name"] == "GSPN2Pipeline"
+    assert index["_class_name"] == ["pipeline", "GSPN2Pipeline"]
     assert index["transformer"] == ["gspn2_diffusion.models.transformer_gspn2", "GSPN2Transformer2DModel"]
     assert index["text_encoder"] == ["transformers", "BertModel"]
 
