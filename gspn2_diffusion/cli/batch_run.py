@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import sys
@@ -102,6 +103,7 @@ def run(request: Request, as_json: bool, quiet: bool) -> int:
             _draw(request, reporter, stop)
         except OSError as error:
             raise CliError(f"--out {str(request.out)!r} cannot be written: {describe(error)}") from error
+    _wait_for_others(request)
     counts = {name: reporter.counts[name] for name in ("done", "failed", "skipped")}
     seconds = round(time.perf_counter() - start, 3)
     interrupted = bool(stop)
@@ -112,6 +114,21 @@ def run(request: Request, as_json: bool, quiet: bool) -> int:
         say(f"error: {counts['failed']} of {sum(counts.values())} pictures failed; see {manifest.MANIFEST}")
         return EXIT_SOME_FAILED
     return 0
+
+
+def _wait_for_others(request: Request) -> None:
+    """All processes end together: a launcher stops the others as soon as one ends with a failure."""
+    if request.world == 1 or "MASTER_ADDR" not in os.environ:
+        return
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_gloo_available():
+        return
+    dist.init_process_group(
+        "gloo", rank=request.rank, world_size=request.world, timeout=datetime.timedelta(days=30)
+    )
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def _draw(request: Request, reporter: Reporter, stop: StopFlag) -> None:

@@ -11,10 +11,14 @@ from gspn2_diffusion.cli.console import say
 
 
 class StopFlag:
-    """Within the block the first Ctrl+C (or SIGTERM) only makes this true; the second interrupts at once."""
+    """Within the block Ctrl+C and SIGTERM only make this true; a second Ctrl+C interrupts at once.
+
+    SIGTERM never does: after Ctrl+C in a terminal, ``accelerate launch`` sends one to each process as well.
+    """
 
     def __init__(self) -> None:
         self._asked = False
+        self._interrupted = False
         self._before: dict[int, Any] = {}
 
     def __bool__(self) -> bool:
@@ -30,8 +34,10 @@ class StopFlag:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        if self._asked:
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self._interrupted and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self._asked:
+            say("stopping after what is in hand; Ctrl+C once more stops at once")
         self._asked = True
-        say("stopping after what is in hand; once more to stop at once")
+        self._interrupted = self._interrupted or number == signal.SIGINT

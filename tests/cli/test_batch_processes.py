@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -80,8 +81,8 @@ def test_killed_three_times_ends_as_if_never_killed(arguments, folder, whole):
     points = random.Random(seed)
     for kill in range(3):
         process = forked.start(*arguments("broken"), **ONE_THREAD)
-        wait_for(broken, lines(broken) + points.randint(1, 14), process)
-        time.sleep(points.random() * 0.05)
+        wait_for(broken, lines(broken) + points.randint(1, 9), process)
+        time.sleep(points.random() * 0.02)
         assert process.is_alive(), f"finished before kill {kill + 1}"
         os.kill(process.pid, signal.SIGKILL)
         process.join()
@@ -118,3 +119,20 @@ def test_two_processes_share_the_list(arguments, folder, whole):
     assert [forked.finish(process) for process in ranks] == [0, 0]
     assert content(two) == content(whole)
     assert records(two) == records(whole)  # each picture once
+
+
+def test_a_process_with_failures_waits_for_the_others(tiny_model, tmp_path):
+    """A launcher takes the other processes down as soon as one ends with an exit code."""
+    (tmp_path / "prompts.txt").write_text("a --w 16\nb --w 18\n")  # the second is of no size for this model
+    more = ("--out", tmp_path / "out", "--model", tiny_model, "--device", "cpu", "--quiet", "--steps", 1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **ONE_THREAD}
+    failing = forked.start("batch", tmp_path / "prompts.txt", *more, RANK=1, LOCAL_RANK=1, **launch)
+    wait_for(tmp_path / "out", 1, failing)
+    failing.join(0.5)
+    assert failing.is_alive()
+    other = forked.start("batch", tmp_path / "prompts.txt", *more, RANK=0, LOCAL_RANK=0, **launch)
+    assert [forked.finish(process) for process in (other, failing)] == [0, 3]
+    assert [record["status"] for record in records(tmp_path / "out")] == ["done", "failed"]
