@@ -15,8 +15,8 @@ import gspn2_diffusion.checkpoints
 EMBEDDED_MODELS = ("gspn2-emoji",)
 INDEX_NAME = "model_index.json"
 
-# diffusers' name for it, without the ending. Every folder's file is copied to the same place of a cache, so each
-# knows all pipelines, but names only its own (diffusers allows just one).
+# diffusers' name for it, without the ending. Every folder's file is copied to the same place of a cache, so
+# each knows all pipelines, but names only its own (diffusers allows just one).
 PIPELINE_FILE = "pipeline"
 _PIPELINE_CODE = '''"""Lets diffusers load this folder by trust_remote_code=True; needs gspn2-diffusion."""
 
