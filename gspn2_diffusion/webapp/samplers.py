@@ -6,8 +6,8 @@ from typing import Any
 
 # name in the API -> name on the page
 SCHEDULERS: dict[str, str] = {
-    "euler": "Euler (the model's own)",
-    "heun": "Heun (two evaluations a step)",
+    "euler": "Euler",
+    "heun": "Heun (slower)",
     "dpm++2m": "DPM-Solver++ 2M",
     "unipc": "UniPC",
 }

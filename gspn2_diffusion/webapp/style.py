@@ -18,7 +18,12 @@ CSS = """
 .g2-bar { height: 6px; margin-top: .35rem; border-radius: 3px; overflow: hidden;
   background: var(--border-color-primary); }
 .g2-bar div { height: 100%; background: var(--color-accent); transition: width .2s; }
-.g2-details { width: 100%; font-size: .88rem; border-collapse: collapse; }
+#g2-gallery .grid-wrap { min-height: 0 !important; height: auto !important; max-height: 420px; }
+#g2-gallery .grid-container { height: auto !important; padding: 0;
+  grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)) !important; }
+#g2-gallery .caption-label { font-size: .72rem; padding: .1rem .35rem; left: 4px; right: 4px; bottom: 4px;
+  max-width: calc(100% - 8px); }
+.g2-details { border: 0 !important; width: 100%; font-size: .88rem; border-collapse: collapse; }
 .g2-details th { text-align: left; font-weight: 600; padding: .15rem .8rem .15rem 0; vertical-align: top;
   white-space: nowrap; opacity: .7; }
 .g2-details th, .g2-details td, .g2-details tr { border: 0 !important; background: none !important; }

@@ -79,10 +79,8 @@ class Page:
         self._build_size()
         with gr.Accordion("More settings", open=False):
             self._build_more()
-        with gr.Accordion("Settings from a picture", open=False):
-            self.drop = gr.File(
-                label="Drop a PNG drawn here", file_types=[".png"], elem_id="g2-drop", height=110
-            )
+        with gr.Accordion("Settings from a picture (PNG)", open=False):
+            self.drop = gr.File(show_label=False, file_types=[".png"], elem_id="g2-drop", height=110)
 
     def _chips(self, label: str, words: tuple[str, ...], elem_id: str) -> Any:
         choices = [("any", ""), *((word, word) for word in words)]
@@ -102,7 +100,7 @@ class Page:
                     app.limits.side,
                     app.base,
                     step=SIZE_STEP,
-                    label=f"{name.capitalize()} (pixels)",
+                    label=name.capitalize(),
                     min_width=140,
                     elem_id=f"g2-{name}",
                 )
@@ -146,7 +144,9 @@ class Page:
         self.status = gr.HTML(status_html(""), elem_id="g2-status")
         self.gallery = gr.Gallery(
             label="Pictures of this visit",
-            columns=5,
+            show_label=False,
+            visible=False,
+            columns=4,
             height="auto",
             object_fit="contain",
             fit_columns=False,
@@ -221,7 +221,8 @@ class Page:
                 elif isinstance(event, Record):
                     history, total = [event, *history][:HISTORY], total + 1
                     stage = picture_html(event.data_uri, event.caption)
-                    yield stage, same, gallery_items(history), history, same
+                    gallery = gr.Gallery(gallery_items(history), visible=True)
+                    yield stage, same, gallery, history, same
         finally:
             events.close()
         yield same, status_html(_ending(total, checked.count)), same, same, same

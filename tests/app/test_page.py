@@ -182,7 +182,9 @@ def test_phone(browser: Any, server: Any, scheme: str) -> None:
     page.fill("#g2-prompt textarea", "a red apple")
     page.locator("#g2-generate").tap()
     visitor.expect_status("Done")
+    visitor.expect_pictures(1)
     sync_api.expect(page.locator("#g2-stage img")).to_be_in_viewport()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).every(v => v < 60)")
     assert dark == (scheme == "dark")
     visitor.context.close()
