@@ -70,7 +70,7 @@ class Page:
             autofocus=True,
             elem_id="g2-prompt",
         )
-        gr.Examples([[text] for text in app.words.examples], form["prompt"], label="Try", api_name=False)
+        gr.Examples([[text] for text in app.words.examples], form["prompt"], label="Try", api_name=False)  # type: ignore[arg-type]
         form["style"] = self._chips("Style", app.words.styles, "g2-style")
         form["background"] = self._chips("Background", app.words.background_names, "g2-background")
         with gr.Row(elem_id="g2-buttons"):
