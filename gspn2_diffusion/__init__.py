@@ -42,3 +42,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# diffusers' AutoPipeline classes find ours once this package is imported; costs no import of theirs.
+from gspn2_diffusion.pipelines import auto_pipelines as _auto_pipelines  # noqa: E402
