@@ -6,6 +6,7 @@ Names are imported on first use, so ``import gspn2_diffusion`` costs little and 
 from __future__ import annotations
 
 import importlib
+import os.path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -43,6 +44,14 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
+
+# In a plain checkout pipelines/ stands beside this package instead of inside it.
+_here = os.path.dirname(os.path.abspath(__file__))
+_beside = os.path.dirname(_here)
+if not os.path.isdir(os.path.join(_here, "pipelines")) and os.path.isfile(
+    os.path.join(_beside, "pipelines", "pipeline_gspn2.py")
+):
+    __path__.append(_beside)
 
 # diffusers' AutoPipeline classes find ours once this package is imported; costs no import of theirs.
 from gspn2_diffusion.pipelines import auto_pipelines as _auto_pipelines  # noqa: E402
