@@ -223,11 +223,14 @@ def load_encoder(run: Run, config: DenoiserConfig) -> SceneEncoder:
 
 def load_denoiser(config: DenoiserConfig) -> Any:
     """A new denoiser of the configuration, or the one to start from, in float32."""
+    from gspn2_diffusion.models.initialization import initialize_for_training
     from gspn2_diffusion.models.transformer_gspn2 import GSPN2Transformer2DModel
 
     if config.init_from:
         return GSPN2Transformer2DModel.from_pretrained(config.init_from, dtype=torch.float32)
-    return GSPN2Transformer2DModel.from_config(read_mapping(config.transformer_config))
+    model = GSPN2Transformer2DModel.from_config(read_mapping(config.transformer_config))
+    initialize_for_training(model)
+    return model
 
 
 def train_denoiser(run: Run, config: DenoiserConfig) -> Path:

@@ -7,6 +7,7 @@ import torch
 from tiny_denoiser import CONFIG, make_inputs, make_model, randomize
 
 from gspn2_diffusion import GSPN2Transformer2DModel
+from gspn2_diffusion.models.initialization import initialize_for_training
 
 MIXERS = ["gspn2", "softmax", "linear", "none"]
 
@@ -35,9 +36,21 @@ def test_patchify_and_unpatchify_are_inverse_and_row_major(patch):
     assert torch.equal(model._unpatchify(tokens, 2, 4), latents)
 
 
-def test_a_fresh_model_starts_at_exactly_zero_and_leaves_there_in_two_steps():
+def test_a_fresh_model_answers_to_every_input():
+    torch.manual_seed(0)
+    model, inputs = GSPN2Transformer2DModel(**CONFIG), make_inputs()
+    with torch.no_grad():
+        expected = model(**inputs).sample
+        assert 0.1 < expected.std() < 10
+        for name in ("timestep", "encoder_hidden_states", "pooled_projections", "hidden_states"):
+            changed = model(**{**inputs, name: inputs[name] + 50 * (name == "timestep") + 1}).sample
+            assert (changed - expected).abs().max() > 1e-3, name
+
+
+def test_a_model_to_be_trained_starts_at_exactly_zero_and_leaves_there_in_two_steps():
     torch.manual_seed(0)
     model = GSPN2Transformer2DModel(**CONFIG)
+    initialize_for_training(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     inputs, target = make_inputs(), torch.randn(2, 3, 6, 10)
     assert (model(**inputs).sample == 0).all()
@@ -171,6 +184,7 @@ def test_the_output_layer_modulates_by_the_timestep():
 def test_a_fresh_model_learns_a_fixed_batch():
     torch.manual_seed(0)
     model = GSPN2Transformer2DModel(**CONFIG)
+    initialize_for_training(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     inputs, target = make_inputs(), torch.randn(2, 3, 6, 10)
     losses = []
