@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,6 +35,9 @@ def write_folder(target: Path, files: Mapping[str, dict[str, Tensor]], state: di
             save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part / name)
         (part / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         replace_folder(part, target)
+    except SafetensorError as error:  # how the library reports a full disk
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(f"cannot write {target}: {error}") from error
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -47,6 +51,18 @@ def replace_folder(part: Path, target: Path) -> None:
         os.rename(target, old)
     os.rename(part, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def tidy(folder: Path) -> None:
+    """Clear up after a process that was killed while it wrote or replaced a folder in here."""
+    for old in folder.glob(".*.old"):
+        target = old.with_name(old.name[1 : -len(".old")])
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(old, target)
+    for part in folder.glob(".*.part"):
+        shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

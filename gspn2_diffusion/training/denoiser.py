@@ -22,6 +22,8 @@ from gspn2_diffusion.training.runtime import Run, parameter_count
 from gspn2_diffusion.training.sheets import contact_sheet, draw_prompts, read_prompts, save_picture
 from gspn2_diffusion.training.text import TextStates
 
+TERMINATED = 143  # what a shell reports for a process that SIGTERM ended
+
 _SCENE_STREAM, _STEP_STREAM, _VALIDATION_STREAM = 21, 22, 23
 
 
@@ -251,6 +253,8 @@ def train_denoiser(run: Run, config: DenoiserConfig) -> Path:
         fit(run, state, task)
     finally:
         task.close()
+    if state.terminated:
+        raise SystemExit(TERMINATED)
     if run.is_main:
         _finish(task, run, state)
     run.accelerator.wait_for_everyone()

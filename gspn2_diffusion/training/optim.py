@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gspn2_diffusion.training.optim8bit import AdamW8bit
+
 # Coefficients of the quintic iteration, as published with Muon and used by torch.optim.Muon.
 _QUINTIC = (3.4445, -4.775, 2.0315)
 
@@ -138,7 +140,7 @@ def build_optimizer(
     weight_decay: float,
     fused: bool,
 ) -> JointOptimizer:
-    """AdamW for all, or Muon for the weights of linear layers inside the blocks and AdamW for the rest.
+    """AdamW (also with 8-bit moments) for all, or Muon for linear layers in blocks and AdamW for the rest.
 
     Vectors, embeddings and tables (``scale_shift_table``) get no weight decay.
     """
@@ -150,9 +152,12 @@ def build_optimizer(
         {"params": matrices, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    parts: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=fused)
-    ]
+    used = [group for group in groups if group["params"]]
+    parts: list[torch.optim.Optimizer] = []
+    if used and name == "adamw8bit":
+        parts.append(AdamW8bit(used, lr=learning_rate, betas=betas))
+    elif used:
+        parts.append(torch.optim.AdamW(used, lr=learning_rate, betas=betas, fused=fused))
     if muon:
         parts.append(GroupedMuon(muon.values(), lr=learning_rate, weight_decay=weight_decay))
     return JointOptimizer(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import time
 from dataclasses import dataclass
@@ -11,10 +12,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from gspn2_diffusion.environment import describe_environment
-from gspn2_diffusion.training.config import RunConfig, save_config
+from gspn2_diffusion.training.config import ConfigError, RunConfig, save_config
 
 
 @dataclass
@@ -56,6 +60,22 @@ class Run:
         )
 
     @property
+    def fsdp(self) -> bool:
+        """Whether accelerate was launched with FSDP2, which splits weights over the processes."""
+        return bool(getattr(self.accelerator, "is_fsdp2", False))
+
+    def mesh(self) -> Any:
+        """All processes in one line, for FSDP2."""
+        return init_device_mesh(self.device.type, (self.world,))
+
+    def fsdp_options(self) -> tuple[bool, bool]:
+        """``reshard_after_forward`` and whether shards lie in host memory, as accelerate was told."""
+        plugin = self.accelerator.state.fsdp_plugin
+        offload = plugin.cpu_offload
+        offloads = offload if isinstance(offload, bool) else type(offload).__name__ == "CPUOffloadPolicy"
+        return bool(plugin.reshard_after_forward), offloads
+
+    @property
     def compiled_device(self) -> bool:
         """Whether the device is one that compiling and half precision are meant for."""
         return self.device.type == "cuda"
@@ -80,6 +100,9 @@ class Run:
         if self.is_main:
             with (self.output / "metrics.jsonl").open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(values) + "\n")
+            numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and k != "step"}
+            if "step" in values and self.accelerator.trackers:
+                self.accelerator.log(numbers, step=values["step"])
 
     def generator(self, stream: int, step: int) -> torch.Generator:
         """Random numbers that follow from (seed, rank, stream, step), so resuming needs no saved state."""
@@ -100,17 +123,47 @@ def start_run(config: RunConfig, started: float) -> Run:
     # One bucket-wise split of the graph would cost more than the overlap it buys at this model size.
     torch._dynamo.config.optimize_ddp = False
     handler = DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=config.static_graph)
+    trackers, missing = available_trackers(config.trackers)
     accelerator = Accelerator(
-        mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=[handler]
+        mixed_precision="no",
+        cpu=not torch.cuda.is_available(),
+        kwargs_handlers=[handler],
+        log_with=list(trackers) or None,
+        project_dir=config.output_dir,
     )
     run = Run(accelerator, config, Path(config.output_dir), started)
     if run.is_main:
         save_config(config, run.output)
         run.record(**describe_environment(), processes=run.world)
+    if trackers:
+        accelerator.init_trackers("logs", config=_flat(config))
+    if missing:
+        run.say(f"not installed, so not used: {', '.join(missing)}; metrics.jsonl has every number")
     accelerator.wait_for_everyone()
     torch.manual_seed(config.seed)  # the same weights on all ranks; everything else has its own generator
     run.say(f"{run.world} process(es) on {_device_name(run.device)}")
     return run
+
+
+def available_trackers(wanted: str) -> tuple[list[str], list[str]]:
+    """Names of accelerate's trackers in a comma-separated list: installed ones and missing ones.
+
+    Raises:
+        ConfigError: accelerate has no such tracker.
+    """
+    names = [name.strip() for name in wanted.split(",") if name.strip() not in ("", "none")]
+    known = [str(kind.value) for kind in LoggerType if kind != LoggerType.ALL]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"`trackers` names {name!r}; allowed: none, {', '.join(sorted(known))}")
+    installed = {str(getattr(kind, "value", kind)) for kind in get_available_trackers()}
+    return [n for n in names if n in installed], [n for n in names if n not in installed]
+
+
+def _flat(config: RunConfig) -> dict[str, Any]:
+    """Settings as trackers take them."""
+    kept = dataclasses.asdict(config).items()
+    return {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in kept}
 
 
 def _device_name(device: torch.device) -> str:

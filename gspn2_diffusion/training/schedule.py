@@ -33,12 +33,13 @@ def learning_rate_factor(progress: float, steps: int, warmup_steps: int, decay_f
 
 @dataclass(frozen=True)
 class Tick:
-    """Rank 0's word on one step; the same on every rank."""
+    """Rank 0's word on one step, the same on every rank; ``terminated`` when SIGTERM ended the run early."""
 
     progress: float
     minutes: float
     minutes_left: float
     stop: bool
+    terminated: bool = False
     due: frozenset[str] = field(default_factory=frozenset)
 
 
@@ -72,15 +73,16 @@ class Conductor:
 
     def tick(self, step: int) -> Tick:
         """The same answer on all ranks for the step that is about to start."""
-        row = self._decide(step) if self._leads else [0.0] * (4 + len(ACTIONS))
+        row = self._decide(step) if self._leads else [0.0] * (5 + len(ACTIONS))
         if self._world > 1:
             message = torch.tensor(row, dtype=torch.float64, device=self._device)
             dist.broadcast(message, src=0, group=self._group)
             row = message.tolist()
-        due = frozenset(name for name, flag in zip(ACTIONS, row[4:], strict=True) if flag)
+        due = frozenset(name for name, flag in zip(ACTIONS, row[5:], strict=True) if flag)
         for name in due:
             self._last[name] = (step, row[1])
-        return Tick(progress=row[0], minutes=row[1], minutes_left=row[2], stop=bool(row[3]), due=due)
+        stop, terminated = bool(row[3]), bool(row[4])
+        return Tick(row[0], row[1], row[2], stop=stop, terminated=terminated, due=due)
 
     def _minutes(self) -> float:
         return (time.monotonic() - self._started) / 60
@@ -90,9 +92,11 @@ class Conductor:
         by_steps = step / config.max_train_steps if config.max_train_steps else 0.0
         by_time = minutes / config.max_train_minutes if config.max_train_minutes else 0.0
         left = config.max_train_minutes - minutes if config.max_train_minutes else float("inf")
-        stop = max(by_steps, by_time) >= 1.0 or self._terminated
+        used_up = max(by_steps, by_time) >= 1.0
+        terminated = self._terminated and not used_up
         due = [float(self._is_due(name, step, minutes)) for name in ACTIONS]
-        return [min(1.0, max(by_steps, by_time)), minutes, left, float(stop), *due]
+        progress = min(1.0, max(by_steps, by_time))
+        return [progress, minutes, left, float(used_up or terminated), float(terminated), *due]
 
     def _is_due(self, name: str, step: int, minutes: float) -> bool:
         last_step, last_minutes = self._last[name]

@@ -30,7 +30,7 @@ def test_options_win_over_the_file_and_text_numbers_are_read(tmp_path):
     [
         ("learning_rat: 1", "did you mean `learning_rate`"),
         ("batch_size: many", "batch_size"),
-        ("optimizer: sgd", "adamw, muon"),
+        ("optimizer: sgd", "adamw, adamw8bit, muon"),
         ("resolution: 100", "multiples of 8"),
         ("validate_steps: 0", "validate_steps"),
     ],

@@ -1,0 +1,100 @@
+"""Training runs in processes of their own that get killed; a fork server has imported torch for them."""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import resource
+import signal
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def script(name: str) -> Any:
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def kill_in_step(step: int) -> None:
+    """SIGKILL when the weights of optimiser step `step` are half updated."""
+    from gspn2_diffusion.training.optim import JointOptimizer
+
+    calls = []
+
+    def broken(self: JointOptimizer, closure: Any = None) -> None:
+        calls.append(1)
+        for part in self.parts:
+            part.step()
+            if len(calls) == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    JointOptimizer.step = broken  # type: ignore[method-assign,assignment]
+
+
+def kill_in_write(file: int) -> None:
+    """SIGKILL while the checkpoint file number `file` is half written."""
+    from gspn2_diffusion.training import checkpoint as ckpt
+
+    whole, calls = ckpt.save_file, []
+
+    def broken(tensors: Any, path: Path) -> None:
+        calls.append(1)
+        whole(tensors, path)
+        if len(calls) == file:
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ckpt.save_file = broken  # type: ignore[assignment]
+
+
+def terminate_in_step(step: int) -> None:
+    """SIGTERM during optimiser step `step`, as a scheduler sends it."""
+    from gspn2_diffusion.training.optim import JointOptimizer
+
+    whole, calls = JointOptimizer.step, []
+
+    def noisy(self: JointOptimizer, closure: Any = None) -> None:
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        whole(self)
+
+    JointOptimizer.step = noisy  # type: ignore[method-assign]
+
+
+def limit_files(kilobytes: int) -> None:
+    """No file may grow beyond this, as on a disk that is full."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1024, kilobytes * 1024))
+
+
+TROUBLES = {f.__name__: f for f in (kill_in_step, kill_in_write, terminate_in_step, limit_files)}
+
+
+def _run(name: str, options: list[str], trouble: str | None, value: int) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    if trouble is not None:
+        TROUBLES[trouble](value)
+    script(name).main(options)
+
+
+def train(name: str, options: list[str], trouble: str | None = None, value: int = 0) -> int | None:
+    """Exit code of a script in a new process, negative for a signal."""
+    process = CONTEXT.Process(target=_run, args=(name, options, trouble, value))
+    process.start()
+    process.join(240)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+    return process.exitcode
