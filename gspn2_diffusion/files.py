@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,14 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+_UMASK_LOCK = threading.Lock()
+
+
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with _UMASK_LOCK:  # asking means setting: two threads at once would leave the wrong one behind
+        mask = os.umask(0o077)
+        os.umask(mask)
+        return mask
 
 
 def model_files(folder: str | os.PathLike[str]) -> list[Path]:
@@ -61,11 +66,20 @@ def _content_hash(path: Path) -> bytes:
         with contextlib.suppress(ValueError):
             data = _without_bookkeeping(json.loads(path.read_text(encoding="utf-8")))
             return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).digest()
+    return _digest(path).digest()
+
+
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """SHA-256 (64 hex digits) of one file's bytes."""
+    return _digest(Path(path)).hexdigest()
+
+
+def _digest(path: Path) -> hashlib._Hash:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return digest.digest()
+    return digest
 
 
 def _without_bookkeeping(data: Any) -> Any:

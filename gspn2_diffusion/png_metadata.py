@@ -42,6 +42,10 @@ class GenerationSettings:
     device. ``model`` is the name that was asked for (of a folder its last part only, so that a shared picture
     does not tell where its author keeps files); ``model_hash`` identifies the content, see
     :func:`gspn2_diffusion.files.model_hash`.
+
+    ``loras`` holds ``name``, ``sha256`` (of the file) and ``weight`` of each LoRA, in the order in which they
+    were added. ``source`` is empty for a picture from text alone; else ``task`` ("img2img" or "inpaint"),
+    ``strength``, ``image_sha256`` and ``mask_sha256`` say what it was drawn from.
     """
 
     prompt: str
@@ -59,6 +63,8 @@ class GenerationSettings:
     device: str = "cpu"
     device_name: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    loras: list[dict[str, Any]] = field(default_factory=list)
+    source: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT_VERSION
 
     def to_json(self) -> str:
@@ -87,11 +93,12 @@ _FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
     "float": (int, float),
     "dict[str, Any]": dict,
     "dict[str, str]": dict,
+    "list[dict[str, Any]]": list,
 }
 
 
 def _known_fields(data: dict[str, Any]) -> dict[str, Any]:
-    known = {}
+    known: dict[str, Any] = {}
     for item in dataclasses.fields(GenerationSettings):
         if item.name not in data:
             if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
@@ -104,7 +111,16 @@ def _known_fields(data: dict[str, Any]) -> dict[str, Any]:
                 f"the {JSON_KEY!r} chunk has {item.name!r} = {value!r}, which is not a {item.type}"
             )
         known[item.name] = value
+    _check_loras(known.get("loras", []))
     return known
+
+
+def _check_loras(loras: list[Any]) -> None:
+    for lora in loras:
+        texts = isinstance(lora, dict) and all(isinstance(lora.get(key), str) for key in ("name", "sha256"))
+        weight = lora.get("weight") if texts else None
+        if not isinstance(weight, int | float) or isinstance(weight, bool):
+            raise MetadataError(f"the {JSON_KEY!r} chunk has a LoRA that cannot be read: {lora!r}")
 
 
 def format_parameters(settings: GenerationSettings) -> str:
@@ -117,12 +133,15 @@ def format_parameters(settings: GenerationSettings) -> str:
         "Size": f"{settings.width}x{settings.height}",
         "Model hash": settings.model_hash[:10],
         "Model": settings.model,
+        "Denoising strength": settings.source.get("strength", ""),
+        "Lora hashes": ", ".join(f"{lora['name']}: {lora['sha256'][:12]}" for lora in settings.loras),
+        "Lora weights": ", ".join(f"{lora['name']}: {lora['weight']:g}" for lora in settings.loras),
         "Version": f"gspn2-diffusion {settings.versions.get('gspn2-diffusion', 'unknown')}",
     }
     lines = [settings.prompt]
     if settings.negative_prompt:
         lines.append(f"Negative prompt: {settings.negative_prompt}")
-    lines.append(", ".join(f"{key}: {_quote(str(value))}" for key, value in values.items()))
+    lines.append(", ".join(f"{key}: {_quote(str(value))}" for key, value in values.items() if value != ""))
     return "\n".join(lines)
 
 

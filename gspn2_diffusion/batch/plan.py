@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from gspn2_diffusion.batch.prompts import MAX_SEED, Entry, PromptError
+from gspn2_diffusion.batch.prompts import MAX_SEED, Entry, LoraNames, PromptError, take_lora_tags
 from gspn2_diffusion.png_metadata import GenerationSettings
 
 # What a picture was drawn on and with, and what its model was called, does not make it another picture.
@@ -31,6 +31,7 @@ class Defaults:
     guidance: float
     seed: int | None
     count: int
+    loras: LoraNames = ()
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Picture:
     steps: int
     guidance: float
     seed: int
+    loras: LoraNames = ()
 
 
 @dataclass(frozen=True)
@@ -59,15 +61,24 @@ class Job:
     file: str
 
     @property
-    def group(self) -> tuple[int, int, int, float]:
-        """Pictures of one group can be drawn together: height, width, steps, guidance."""
+    def group(self) -> tuple[int, int, int, float, tuple[tuple[str, float], ...]]:
+        """Pictures of one group can be drawn together: height, width, steps, guidance, LoRAs."""
         s = self.settings
-        return s.height, s.width, s.steps, s.guidance_scale
+        return s.height, s.width, s.steps, s.guidance_scale, lora_identity(s)
+
+
+def lora_identity(settings: GenerationSettings) -> tuple[tuple[str, float], ...]:
+    """Hash and weight of each LoRA: what they are called and where they lie does not matter."""
+    return tuple((lora["sha256"], float(lora["weight"])) for lora in settings.loras)
 
 
 def picture_key(settings: GenerationSettings) -> str:
     """Identity of a picture: SHA-256 (64 hex digits) of all settings that decide its content."""
     values = {k: v for k, v in dataclasses.asdict(settings).items() if k not in _NOT_IN_KEY}
+    values["loras"] = lora_identity(settings)
+    for name in ("loras", "source"):  # newer than the first keys, which stay as they were
+        if not values[name]:
+            del values[name]
     values["guidance_scale"] = float(values["guidance_scale"])  # 4 and 4.0 are one setting
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -103,11 +114,14 @@ def expand(entries: Iterable[Entry], defaults: Defaults, base: int, wildcards: W
 
 
 def _picture(entry: Entry, defaults: Defaults, index: int, seed: int, wildcards: Wildcards) -> Picture:
+    prompt = wildcards.resolve(entry.prompt, seed, entry.line)
+    prompt, tagged = _without_tags(prompt, entry.line) if wildcards.enabled else (prompt, ())
     return Picture(
         index=index,
         line=entry.line,
         template=entry.prompt,
-        prompt=wildcards.resolve(entry.prompt, seed, entry.line),
+        prompt=prompt,
+        loras=(defaults.loras if entry.loras is None else entry.loras) + tagged,
         negative=defaults.negative if entry.negative is None else entry.negative,
         height=entry.height or defaults.height,
         width=entry.width or defaults.width,
@@ -115,6 +129,16 @@ def _picture(entry: Entry, defaults: Defaults, index: int, seed: int, wildcards:
         guidance=defaults.guidance if entry.guidance is None else entry.guidance,
         seed=seed,
     )
+
+
+def _without_tags(prompt: str, line: int) -> tuple[str, LoraNames]:
+    try:
+        prompt, loras = take_lora_tags(prompt)
+    except PromptError as error:
+        raise PromptError(f"line {line}: {error}") from None
+    if not prompt:
+        raise PromptError(f"line {line} has no prompt beside its LoRAs")
+    return prompt, loras
 
 
 class Wildcards:
@@ -129,7 +153,7 @@ class Wildcards:
 
     def __init__(self, folder: Path | None = None, enabled: bool = True) -> None:
         self._folder = folder
-        self._enabled = enabled
+        self.enabled = enabled
 
     def resolve(self, template: str, seed: int, line: int) -> str:
         """The prompt that ``template`` becomes for the picture with ``seed``: always the same one.
@@ -137,7 +161,7 @@ class Wildcards:
         Raises:
             PromptError: a syntax error, an unknown wildcard, or the library is missing.
         """
-        if not self._enabled or not self._DYNAMIC.search(template):
+        if not self.enabled or not self._DYNAMIC.search(template):
             return template
         try:
             import logging

@@ -20,12 +20,16 @@ class PromptError(ValueError):
     """A list of prompts that cannot be read; the message names the line and the fault."""
 
 
+LoraNames = tuple[tuple[str, float], ...]
+"""LoRAs as somebody named them, each with its weight."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """One line of a list. None means: as the command line says, or the model's own size.
 
     ``height`` and ``width`` are pixels; ``count`` pictures use the seeds ``seed``, ``seed + 1``, ...;
-    ``line`` is where it stands, from 1.
+    ``line`` is where it stands, from 1; empty ``loras`` mean none at all.
     """
 
     prompt: str
@@ -37,6 +41,7 @@ class Entry:
     seed: int | None = None
     count: int | None = None
     line: int = 1
+    loras: LoraNames | None = None
 
 
 # What other programs call the same thing: kohya's one-letter flags, the long ones of the A1111 web UI's
@@ -50,6 +55,7 @@ _ALIASES = {
     "guidance": ("guidance", "guidance_scale", "cfg_scale", "cfg", "l"),
     "seed": ("seed", "d"),
     "count": ("count", "n_iter", "num_images_per_prompt", "batch_size"),
+    "loras": ("lora", "loras"),
 }
 _FIELD_OF = {alias: name for name, aliases in _ALIASES.items() for alias in aliases}
 _LIMITS = {
@@ -170,7 +176,56 @@ def entry_of(values: dict[str, Any], line: int) -> Entry:
     numbers: dict[str, Any] = {n: _integer(n, values[n], line) for n in _LIMITS if n in values}
     if "guidance" in values:
         numbers["guidance"] = _guidance(values["guidance"], line)
+    if "loras" in values:
+        numbers["loras"] = _loras(values["loras"], line)
     return replace(entry, **numbers)
+
+
+_LORA_TAG = re.compile(r"\s*<lora:([^<>]*)>")
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """``name`` or ``name:0.8``.
+
+    Raises:
+        PromptError: no name, or a weight that is no finite number.
+    """
+    name, colon, weight = text.strip().rpartition(":")
+    if colon and not weight.strip()[:1].isalpha() and not weight.startswith(("\\", "/")):
+        try:
+            number = float(weight)
+        except ValueError:
+            number = math.nan
+    else:
+        name, number = text.strip(), 1.0
+    if not name.strip() or not math.isfinite(number):
+        raise PromptError(f"a LoRA must be NAME or NAME:WEIGHT, got {text!r}")
+    return name.strip(), number
+
+
+def take_lora_tags(prompt: str) -> tuple[str, LoraNames]:
+    """``a cat <lora:ink:0.8>``, as the A1111 web UI writes it, to the bare prompt and its LoRAs.
+
+    Raises:
+        PromptError: as :func:`parse_lora`.
+    """
+    found = tuple(parse_lora(tag) for tag in _LORA_TAG.findall(prompt))
+    return (_LORA_TAG.sub("", prompt).strip(), found) if found else (prompt, ())
+
+
+def _loras(value: Any, line: int) -> LoraNames:
+    """A text with commas between LoRAs ("none" and "" are none), a list of texts, or names with weights."""
+    try:
+        if isinstance(value, str):
+            none = value.strip().lower() in ("", "none")
+            return () if none else tuple(parse_lora(part) for part in value.split(","))
+        if isinstance(value, dict) and all(type(weight) in (int, float) for weight in value.values()):
+            value = [f"{name}:{weight}" for name, weight in value.items()]
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(parse_lora(item) for item in value)
+    except PromptError as error:
+        raise PromptError(f"line {line}: {error}") from None
+    raise PromptError(f"line {line}: lora must be a text or a list of texts, got {value!r}")
 
 
 def _integer(name: str, value: Any, line: int) -> int:

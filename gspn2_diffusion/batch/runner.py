@@ -1,4 +1,4 @@
-"""Draws jobs: in batches, halved where memory ends, saved and recorded beside the drawing of the next."""
+"""Draws jobs: in batches, halved where memory ends, encoded and recorded beside the drawing of the next."""
 
 from __future__ import annotations
 
@@ -9,25 +9,35 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from gspn2_diffusion.batch import manifest
 from gspn2_diffusion.batch.manifest import Record
 from gspn2_diffusion.batch.plan import Job
+from gspn2_diffusion.batch.sizes import BatchSizes
 from gspn2_diffusion.png_metadata import GenerationSettings, MetadataError, read_settings, save_picture
 
 if TYPE_CHECKING:
-    import numpy as np
     from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
 
-Draw = Callable[[Sequence[GenerationSettings]], "np.ndarray"]
-ToImage = Callable[["np.ndarray"], "Image | None"]
-AUTO_START = 32
-"""The most pictures that ``auto`` draws at once on a GPU; less where memory ends earlier."""
+PENDING = 2  # batches drawn but not yet saved; with more the disk sets the pace, else memory would fill up
+
+
+class Pictures(Protocol):
+    """What was drawn, possibly still being computed; see :class:`gspn2_diffusion.cli.rendering.Drawn`."""
+
+    def images(self) -> list[Image | None]:
+        """Waits; None for pictures with values that are not numbers."""
+
+    def seconds(self) -> float:
+        """How long drawing took."""
+
+
+Draw = Callable[[Sequence[GenerationSettings]], Pictures]
 
 
 @dataclass
@@ -36,20 +46,21 @@ class Runner:
 
     Attributes:
         folder: where pictures and the manifest go.
-        draw: B settings of one group to pictures ``(B, H, W, 3)``.
-        to_image: one picture as an image, or None if it is damaged.
-        batch_size: the most pictures drawn at once.
+        draw: B settings of one group to as many pictures; may return before they are computed.
+        sizes: how many are drawn at once.
         report: called in this thread with the record of each picture when it is on the disk.
+        drawn: called after ``draw`` with height, width and number of its pictures.
         stop: asked before each batch; True ends the run after what is in hand.
+        writers: threads that encode pictures.
     """
 
     folder: Path
     draw: Draw
-    to_image: ToImage
-    batch_size: int
+    sizes: BatchSizes
     report: Callable[[Record], None]
     stop: Callable[[], bool]
-    _limits: dict[tuple[int, int], int] = field(default_factory=dict)
+    drawn: Callable[[int, int, int], None] = lambda height, width, count: None
+    writers: int = 1
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Draws ``jobs``, group by group.
@@ -57,11 +68,12 @@ class Runner:
         Raises:
             OSError: a picture or the manifest cannot be written; what was written before stays.
         """
-        with ThreadPoolExecutor(1) as writer:
+        with ThreadPoolExecutor(self.writers) as encoders, ThreadPoolExecutor(1) as recorder:
             pending: list[Future[list[Record]]] = []
-            for done, seconds, pixels in self._batches(jobs):
-                pending.append(writer.submit(self._save, done, pixels, seconds))
-                if len(pending) > 2:  # the disk sets the pace rather than the memory filling up
+            for done, pictures in self._batches(jobs):
+                pending.append(recorder.submit(self._save, done, pictures, encoders))
+                del pictures
+                while pending and (len(pending) > PENDING or pending[0].done()):
                     self._collect(pending.pop(0))
             for future in pending:
                 self._collect(future)
@@ -70,34 +82,35 @@ class Runner:
         for record in future.result():
             self.report(record)
 
-    def _batches(self, jobs: Sequence[Job]) -> Iterator[tuple[list[Job], float, np.ndarray]]:
+    def _batches(self, jobs: Sequence[Job]) -> Iterator[tuple[list[Job], Pictures]]:
         for _, members in itertools.groupby(jobs, key=lambda job: job.group):
             rest = list(members)
             while rest:
                 if self.stop():
                     return
-                size = self._limits.get(rest[0].group[:2], self.batch_size)
+                size = self.sizes.choose(*rest[0].group[:2], len(rest))
                 batch, rest = rest[:size], rest[size:]
                 yield from self._draw(batch)
 
-    def _draw(self, batch: list[Job]) -> Iterator[tuple[list[Job], float, np.ndarray]]:
+    def _draw(self, batch: list[Job]) -> Iterator[tuple[list[Job], Pictures]]:
         """One batch, in halves where memory ends, one by one where a picture fails for another reason."""
         start = time.perf_counter()
+        height, width = batch[0].group[:2]
         try:
-            pixels = self.draw([job.settings for job in batch])
+            with self.sizes.observe(height, width, len(batch)):
+                pictures = self.draw([job.settings for job in batch])
         except Exception as error:  # one picture's failure must not end the others
             reason = error
         else:
-            yield batch, time.perf_counter() - start, pixels
+            self.drawn(height, width, len(batch))
+            yield batch, pictures
             return
-        height, width = batch[0].group[:2]
         if len(batch) == 1:
             self._fail(batch[0], reason, time.perf_counter() - start)
             return
         step = 1
         if is_out_of_memory(reason):
-            step = len(batch) // 2
-            self._limits[height, width] = step
+            step = self.sizes.shrink(height, width, len(batch))
             logger.warning("not enough memory for %d pictures at once; going on with %d", len(batch), step)
         del reason  # its traceback holds the tensors of the failed call
         empty_cache()
@@ -119,20 +132,22 @@ class Runner:
         """Records a picture that cannot be drawn at all."""
         self._record_failure(job, reason, 0.0)
 
-    def _save(self, batch: list[Job], pixels: np.ndarray, seconds: float) -> list[Record]:
-        records = []
-        for job, array in zip(batch, pixels, strict=True):
-            image = self.to_image(array)
-            if image is None:
-                reason = f"values that are not numbers in {job.settings.dtype}"
-                records.append({**base_record(job, "failed", seconds / len(batch)), "error": reason})
-                continue
-            path = self.folder / job.file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_picture(image, path, job.settings)
-            records.append(done_record(self.folder, job, seconds / len(batch)))
+    def _save(self, batch: list[Job], pictures: Pictures, encoders: ThreadPoolExecutor) -> list[Record]:
+        """Runs in the recording thread, for one batch after the other."""
+        images, each = pictures.images(), pictures.seconds() / len(batch)
+        jobs = zip(batch, images, itertools.repeat(each), strict=False)
+        records = list(encoders.map(lambda item: self._save_one(*item), jobs))
         manifest.append(self.folder, records)
         return records
+
+    def _save_one(self, job: Job, image: Image | None, seconds: float) -> Record:
+        if image is None:
+            reason = f"values that are not numbers in {job.settings.dtype}"
+            return {**base_record(job, "failed", seconds), "error": reason}
+        path = self.folder / job.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_picture(image, path, job.settings)
+        return done_record(self.folder, job, seconds)
 
 
 def describe(job: Job, error: BaseException) -> str:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from gspn2_diffusion.batch import manifest, plan, prompts
-from gspn2_diffusion.cli import batch_run, defaults, options
+from gspn2_diffusion.cli import adapters, batch_run, defaults, options
 from gspn2_diffusion.cli.console import CliError, UsageError, describe, say
 
 NAME = "{index:05d}-{seed}"
@@ -51,16 +51,13 @@ def batch(
         typer.Option(
             "--batch-size",
             "-b",
-            help="Pictures drawn at once; halved when memory ends. auto: up to 32 on a GPU, one on the CPU.",
+            help="Pictures drawn at once; halved when memory ends. auto: on a GPU the most that fit, found "
+            "out while drawing; one on the CPU.",
         ),
     ] = "auto",
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="An embedded model, a folder, or a Hub id 'owner/name'.")
-    ] = defaults.MODEL,
-    steps: Annotated[int, typer.Option("--steps", min=1, max=1000, help="Denoising steps.")] = defaults.STEPS,
-    guidance: Annotated[
-        float, typer.Option("--guidance", help="How strictly to follow the prompt; 1 switches guidance off.")
-    ] = defaults.GUIDANCE,
+    model: options.ModelOption = defaults.MODEL,
+    steps: options.StepsOption = defaults.STEPS,
+    guidance: options.GuidanceOption = defaults.GUIDANCE,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -71,19 +68,12 @@ def batch(
             show_default=False,
         ),
     ] = None,
-    height: Annotated[
-        int | None, typer.Option("--height", min=1, help="Pixels; the model's own size by default.")
-    ] = None,
-    width: Annotated[
-        int | None, typer.Option("--width", min=1, help="Pixels; the model's own size by default.")
-    ] = None,
-    count: Annotated[
-        int,
-        typer.Option(
-            "--count", "-n", min=1, max=prompts.MAX_COUNT, help="Pictures of each prompt; k uses seed + k."
-        ),
-    ] = 1,
-    negative: Annotated[str, typer.Option("--negative", help="What to keep out.", show_default=False)] = "",
+    height: options.HeightOption = None,
+    width: options.WidthOption = None,
+    count: options.CountOption = 1,
+    negative: options.NegativeOption = "",
+    lora: options.LoraOption = None,
+    lora_dir: options.LoraDirOption = None,
     wildcards: Annotated[
         Path | None,
         typer.Option("--wildcards", help="Folder with name.txt for __name__ in prompts.", show_default=False),
@@ -91,40 +81,32 @@ def batch(
     literal: Annotated[
         bool, typer.Option("--literal", help="Take {a|b} and __name__ in prompts as they stand.")
     ] = False,
-    device: Annotated[
-        str,
-        typer.Option(
-            "--device", help="auto (with accelerate launch, each its own), cpu, cuda, cuda:N or mps."
-        ),
-    ] = "auto",
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="auto (bf16 on a GPU that has it, else fp32), fp32, bf16 or fp16.")
-    ] = "auto",
+    device: options.DeviceOption = "auto",
+    dtype: options.DtypeOption = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Write the plan to stdout as JSON lines, draw nothing.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Events as JSON lines on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no file names.")] = False,
+    quiet: options.QuietOption = False,
     debug: options.DebugOption = False,
 ) -> int:
     """Draw every prompt of a list into a folder.
 
     Text lists have one prompt a line, with flags as in other programs: --w, --h, --s (steps), --l (guidance),
-    --d (seed), --n (negative), --count, or their long names. JSON lines and CSV use the long names as keys.
-    {a|b} and __name__ are resolved by the seed.
+    --d (seed), --n (negative), --count, --lora, or their long names. JSON lines and CSV use the long names as
+    keys. {a|b} and __name__ are resolved by the seed; <lora:name:0.8> in a prompt adds a LoRA.
 
     Run the same command again to go on where it stopped: finished pictures are never drawn twice, failed ones
     are tried again. Ctrl+C finishes what is in hand. The processes of
-    "accelerate launch -m gspn2_diffusion batch ..." share the list.
+    "accelerate launch -m gspn2_diffusion batch ..." share the list, each on its own GPU.
 
     Exit codes: 0 all drawn, 1 error, 2 wrong usage, 3 some pictures failed, 130 interrupted.
     """
-    if not 0 <= guidance < float("inf"):
-        raise UsageError(f"--guidance must be a number from 0, got {guidance}")
     rank, world = _process()
     settings = plan.Defaults(
-        options.check_text("--negative", negative), height, width, steps, guidance, seed, count
-    )
+        options.check_text("--negative", negative), height, width, steps, options.check_guidance(guidance),
+        seed, count, adapters.parse_options(lora),
+    )  # fmt: skip
     entries = _read_entries(prompt_list, input_format)
     template = _usage("--name", lambda: plan.check_template(name))
     if image_format.lower() not in IMAGE_FORMATS:
@@ -137,12 +119,13 @@ def batch(
     base = _base_seed(out, entries, seed, dry_run)
     choices = plan.Wildcards(wildcards, not literal)
     pictures = _usage("PROMPTS", lambda: plan.expand(entries, settings, base, choices))
+    loras = adapters.find_loras((name for picture in pictures for name, _ in picture.loras), lora_dir)
     if dry_run:
         _show_plan(pictures, template, suffix)
         return 0
     request = batch_run.Request(
         pictures, out, template, suffix, number, options.check_text("--model", model), device,
-        options.check_dtype(dtype), rank, world,
+        options.check_dtype(dtype), rank, world, loras,
     )  # fmt: skip
     return batch_run.run(request, as_json, quiet)
 

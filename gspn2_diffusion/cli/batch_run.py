@@ -8,14 +8,14 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gspn2_diffusion.batch import manifest, plan
-from gspn2_diffusion.cli import options
+from gspn2_diffusion.cli import adapters, options
 from gspn2_diffusion.cli.console import CliError, describe, fast_imports, quiet_libraries, say
 from gspn2_diffusion.cli.stopping import StopFlag
 
@@ -44,11 +44,15 @@ class Request:
     dtype: str
     rank: int
     world: int
+    loras: dict[str, adapters.Lora] = field(default_factory=dict)
 
 
 @dataclass
 class Reporter:
-    """Tells the user about each picture: names or JSON events on stdout, progress and failures on stderr."""
+    """Tells the user about each picture: names or JSON events on stdout, progress and failures on stderr.
+
+    ``started`` and ``ended`` are when drawing began and when all was saved, in seconds of the epoch.
+    """
 
     screen: Screen
     out: Path
@@ -56,6 +60,8 @@ class Reporter:
     quiet: bool
     rank: int
     total: int = 0
+    started: float = 0.0
+    ended: float = 0.0
     counts: Counter[str] = field(default_factory=Counter)
 
     def event(self, name: str, **values: Any) -> None:
@@ -74,6 +80,10 @@ class Reporter:
         else:
             say(f"failed: picture {record['index']}, {record['prompt']!r}: {record['error']}")
         self.progress()
+
+    def span(self) -> dict[str, float]:
+        """When this process drew and saved, without loading the model and waiting for other processes."""
+        return {"started": round(self.started, 3), "ended": round(self.ended, 3)}
 
     def progress(self) -> None:
         """Moves the bar."""
@@ -107,7 +117,7 @@ def run(request: Request, as_json: bool, quiet: bool) -> int:
     counts = {name: reporter.counts[name] for name in ("done", "failed", "skipped")}
     seconds = round(time.perf_counter() - start, 3)
     interrupted = bool(stop)
-    reporter.event("end", **counts, interrupted=interrupted, seconds=seconds)
+    reporter.event("end", **counts, interrupted=interrupted, seconds=seconds, **reporter.span())
     if interrupted:
         return 130
     if counts["failed"]:
@@ -155,7 +165,11 @@ def _draw(request: Request, reporter: Reporter, stop: StopFlag) -> None:
     reporter.event("plan", total=len(mine), skipped=len(mine) - len(left))
     reporter.progress()
     runner = _runner(request, pipe, device, reporter, stop)
-    runner.run(_without_impossible(left, pipe, runner))
+    reporter.started = time.time()
+    try:
+        runner.run(_without_impossible(left, pipe, runner))
+    finally:
+        reporter.ended = time.time()
 
 
 def _device(request: Request) -> torch.device:
@@ -172,24 +186,11 @@ def _device(request: Request) -> torch.device:
 def _resolve(
     request: Request, pipe: GSPN2Pipeline, folder: Path, device: torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[plan.Picture, GenerationSettings]]:
-    import torch
-
     from gspn2_diffusion.cli import loading
-    from gspn2_diffusion.cli.rendering import package_versions
-    from gspn2_diffusion.files import model_hash
+    from gspn2_diffusion.cli.rendering import common_settings
     from gspn2_diffusion.png_metadata import GenerationSettings
 
-    scheduler, config = loading.scheduler_settings(pipe)
-    common: dict[str, Any] = {
-        "model": loading.display_name(request.model),
-        "model_hash": model_hash(folder),
-        "scheduler": scheduler,
-        "scheduler_config": config,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": device.type,
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
-        "versions": package_versions(device.type),
-    }
+    common = common_settings(pipe, folder, loading.display_name(request.model), device, dtype)
     for picture in request.pictures:
         yield (
             picture,
@@ -201,6 +202,7 @@ def _resolve(
                 seed=picture.seed,
                 height=picture.height or pipe.default_size,
                 width=picture.width or pipe.default_size,
+                loras=[request.loras[name].used(weight) for name, weight in picture.loras],
                 **common,
             ),
         )
@@ -209,18 +211,35 @@ def _resolve(
 def _runner(
     request: Request, pipe: GSPN2Pipeline, device: torch.device, reporter: Reporter, stop: StopFlag
 ) -> Runner:
-    from gspn2_diffusion.batch.runner import AUTO_START, Runner
+    from gspn2_diffusion.batch.runner import Runner
+    from gspn2_diffusion.batch.sizes import BatchSizes
     from gspn2_diffusion.cli import rendering
 
-    automatic = AUTO_START if device.type == "cuda" else 1  # alone, a picture is bitwise the same every time
+    switch = adapters.LoraSwitch(pipe, request.loras.values())
+
+    def draw(settings: Sequence[GenerationSettings]) -> rendering.Drawn:
+        switch.use(settings[0].loras)
+        return rendering.draw_batch(pipe, settings)
+
+    def drawn(height: int, width: int, count: int) -> None:
+        reporter.event("batch", height=height, width=width, count=count)
+
     return Runner(
         folder=request.out,
-        draw=lambda settings: rendering.draw_batch(pipe, settings),
-        to_image=rendering.to_image,
-        batch_size=request.batch_size or automatic,
+        draw=draw,
+        sizes=BatchSizes.of(request.batch_size, device),
         report=reporter.record,
+        drawn=drawn,
         stop=stop.__bool__,
+        writers=_writers(request.world),
     )
+
+
+def _writers(world: int) -> int:
+    """Threads that encode pictures: this process's share of the cores, but for the one that draws."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local = min(world, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+    return max(1, min(12, cores // local - 1))
 
 
 def _without_impossible(jobs: list[plan.Job], pipe: GSPN2Pipeline, runner: Runner) -> list[plan.Job]:

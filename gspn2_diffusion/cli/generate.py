@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gspn2_diffusion.cli import defaults, options
+from gspn2_diffusion.batch.prompts import MAX_SEED
+from gspn2_diffusion.cli import adapters, defaults, options
 from gspn2_diffusion.cli.console import (
     CliError,
     UsageError,
@@ -22,18 +22,15 @@ from gspn2_diffusion.cli.console import (
     fast_imports,
     quiet_libraries,
 )
-from gspn2_diffusion.cli.rendering import draw_batch, package_versions, to_image
+from gspn2_diffusion.cli.rendering import common_settings, draw_batch
 
 if TYPE_CHECKING:
-    import torch
     from PIL.Image import Image
 
     from gspn2_diffusion.pipelines.pipeline_gspn2 import GSPN2Pipeline
     from gspn2_diffusion.png_metadata import GenerationSettings
 
-MAX_SEED = 2**63 - 1
 MAX_RANDOM_SEED = 2**32 - 1
-MAX_COUNT = 9999
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,7 @@ class Request:
     width: int | None
     device: str
     dtype: str
+    loras: list[tuple[adapters.Lora, float]]
 
 
 def generate(
@@ -66,13 +64,9 @@ def generate(
             show_default=False,
         ),
     ],
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="An embedded model, a folder, or a Hub id 'owner/name'.")
-    ] = defaults.MODEL,
-    steps: Annotated[int, typer.Option("--steps", min=1, max=1000, help="Denoising steps.")] = defaults.STEPS,
-    guidance: Annotated[
-        float, typer.Option("--guidance", help="How strictly to follow the prompt; 1 switches guidance off.")
-    ] = defaults.GUIDANCE,
+    model: options.ModelOption = defaults.MODEL,
+    steps: options.StepsOption = defaults.STEPS,
+    guidance: options.GuidanceOption = defaults.GUIDANCE,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -83,21 +77,15 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    height: Annotated[
-        int | None, typer.Option("--height", min=1, help="Pixels; the model's own size by default.")
-    ] = None,
-    width: Annotated[
-        int | None, typer.Option("--width", min=1, help="Pixels; the model's own size by default.")
-    ] = None,
-    count: Annotated[
-        int, typer.Option("--count", "-n", min=1, max=MAX_COUNT, help="Pictures; picture k uses seed + k.")
-    ] = 1,
-    negative: Annotated[str, typer.Option("--negative", help="What to keep out.", show_default=False)] = "",
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="auto (bf16 on a GPU that has it, else fp32), fp32, bf16 or fp16.")
-    ] = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no file names.")] = False,
+    height: options.HeightOption = None,
+    width: options.WidthOption = None,
+    count: options.CountOption = 1,
+    negative: options.NegativeOption = "",
+    lora: options.LoraOption = None,
+    lora_dir: options.LoraDirOption = None,
+    device: options.DeviceOption = "auto",
+    dtype: options.DtypeOption = "auto",
+    quiet: options.QuietOption = False,
     debug: options.DebugOption = False,
 ) -> None:
     """Draw PROMPT into a PNG file.
@@ -111,12 +99,13 @@ def generate(
         model=options.check_text("--model", model),
         paths=options.output_paths(output, count),
         steps=steps,
-        guidance=_check_guidance(guidance),
+        guidance=options.check_guidance(guidance),
         seed=_check_seed(seed, count),
         height=height,
         width=width,
         device=options.check_device_name(device),
         dtype=options.check_dtype(dtype),
+        loras=_find_loras(lora, lora_dir),
     )
     options.check_writable(request.paths)
     with quiet_libraries(), Screen(quiet) as screen:
@@ -130,10 +119,10 @@ def _check_prompt(prompt: str) -> str:
     return options.check_text("PROMPT", prompt)
 
 
-def _check_guidance(guidance: float) -> float:
-    if not math.isfinite(guidance) or guidance < 0:
-        raise UsageError(f"--guidance must be a number >= 0, got {guidance}")
-    return guidance
+def _find_loras(texts: list[str] | None, folder: Path | None) -> list[tuple[adapters.Lora, float]]:
+    names = adapters.parse_options(texts)
+    found = adapters.find_loras([name for name, _ in names], folder)
+    return [(found[name], weight) for name, weight in names]
 
 
 def _check_seed(seed: int | None, count: int) -> int:
@@ -189,7 +178,6 @@ class Screen:
 def _draw(request: Request, screen: Screen) -> Iterator[Path]:
     """Load, then draw and save one picture after the other; yields each finished file."""
     from gspn2_diffusion.cli import loading
-    from gspn2_diffusion.files import model_hash
     from gspn2_diffusion.png_metadata import save_png
 
     source = loading.find_model(request.model)
@@ -201,11 +189,12 @@ def _draw(request: Request, screen: Screen) -> Iterator[Path]:
     dtype = options.resolve_dtype(request.dtype, device)
     pipe, folder = loading.load_pipeline(source, device, dtype)
     height, width = _resolve_size(pipe, request)
-    scheduler, scheduler_config = loading.scheduler_settings(pipe)
-    settings = _settings(request, height, width, device, dtype)
-    settings = dataclasses.replace(
-        settings, model_hash=model_hash(folder), scheduler=scheduler, scheduler_config=scheduler_config
-    )
+    common = common_settings(pipe, folder, loading.display_name(request.model), device, dtype)
+    settings = _settings(request, height, width, common)
+    try:
+        adapters.LoraSwitch(pipe, [lora for lora, _ in request.loras]).use(settings.loras)
+    except ValueError as error:
+        raise CliError(f"--lora: {describe(error)}") from error
     for number, path in enumerate(request.paths):
         current = dataclasses.replace(settings, seed=request.seed + number)
         label = "drawing" if len(request.paths) == 1 else f"picture {number + 1}/{len(request.paths)}"
@@ -235,12 +224,7 @@ def _resolve_size(pipe: GSPN2Pipeline, request: Request) -> tuple[int, int]:
     return size["--height"], size["--width"]
 
 
-def _settings(
-    request: Request, height: int, width: int, device: torch.device, dtype: torch.dtype
-) -> GenerationSettings:
-    import torch
-
-    from gspn2_diffusion.cli.loading import display_name
+def _settings(request: Request, height: int, width: int, common: dict[str, Any]) -> GenerationSettings:
     from gspn2_diffusion.png_metadata import GenerationSettings
 
     return GenerationSettings(
@@ -251,13 +235,8 @@ def _settings(
         seed=request.seed,
         height=height,
         width=width,
-        model=display_name(request.model),
-        model_hash="",
-        scheduler="",
-        dtype=str(dtype).removeprefix("torch."),
-        device=device.type,
-        device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else "",
-        versions=package_versions(device.type),
+        loras=[lora.used(weight) for lora, weight in request.loras],
+        **common,
     )
 
 
@@ -272,7 +251,7 @@ def render(pipe: GSPN2Pipeline, settings: GenerationSettings, on_step: Callable[
     Raises:
         CliError: the result has values that are not numbers.
     """
-    image = to_image(draw_batch(pipe, [settings], on_step)[0])
+    image = draw_batch(pipe, [settings], on_step).images()[0]
     if image is None:
         raise CliError(
             f"the picture has values that are not numbers in {settings.dtype}; use --dtype bf16 or fp32"

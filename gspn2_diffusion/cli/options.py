@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gspn2_diffusion.batch.prompts import MAX_COUNT
 from gspn2_diffusion.cli.console import CliError, UsageError, set_debug
 from gspn2_diffusion.files import atomic_path
 
@@ -33,6 +34,59 @@ DebugOption = Annotated[
         help="Show tracebacks and the libraries' own messages (also: GSPN2_DEBUG=1).",
     ),
 ]
+
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no file names.")]
+
+# Sampling
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="An embedded model, a folder, or a Hub id 'owner/name'.")
+]
+StepsOption = Annotated[int, typer.Option("--steps", min=1, max=1000, help="Denoising steps.")]
+GuidanceOption = Annotated[
+    float, typer.Option("--guidance", help="How strictly to follow the prompt; 1 switches guidance off.")
+]
+HeightOption = Annotated[
+    int | None, typer.Option("--height", min=1, help="Pixels; the model's own size by default.")
+]
+WidthOption = Annotated[
+    int | None, typer.Option("--width", min=1, help="Pixels; the model's own size by default.")
+]
+CountOption = Annotated[
+    int,
+    typer.Option(
+        "--count", "-n", min=1, max=MAX_COUNT, help="Pictures of each prompt; picture k uses seed + k."
+    ),
+]
+NegativeOption = Annotated[str, typer.Option("--negative", help="What to keep out.", show_default=False)]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="NAME[:WEIGHT]",
+        help="A LoRA file, its folder, or a name in --lora-dir; may be given several times. Needs peft.",
+        show_default=False,
+    ),
+]
+LoraDirOption = Annotated[
+    Path | None,
+    typer.Option("--lora-dir", help="Folder in which LoRA names are looked up.", show_default=False),
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
+DtypeOption = Annotated[
+    str, typer.Option("--dtype", help="auto (bf16 on a GPU that has it, else fp32), fp32, bf16 or fp16.")
+]
+
+
+def check_guidance(guidance: float) -> float:
+    """``guidance`` if it is a finite number from 0.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not 0 <= guidance < float("inf"):
+        raise UsageError(f"--guidance must be a number >= 0, got {guidance}")
+    return guidance
 
 
 def check_text(option: str, text: str) -> str:

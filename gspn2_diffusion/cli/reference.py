@@ -44,11 +44,14 @@ a __animal__ face, noto style --count 8
 | `--s` | `steps`, `num_inference_steps` |
 | `--l` | `guidance`, `guidance_scale`, `cfg`, `cfg_scale` |
 | `--d` | `seed` |
+| `--lora` | `lora`: `ink:0.8, clay`; in JSON also a list or `{"ink": 0.8}`; `none` for none |
 | | `count`, `n_iter`, `num_images_per_prompt`, `batch_size` |
 
 JSON lines: `{"prompt": "a red apple", "seed": 7, "width": 256}`. CSV: the first line names the columns, empty
 cells mean the default. Wildcards follow [dynamicprompts](https://github.com/adieyal/dynamicprompts); the
-picture's seed decides them, and what they became is what is recorded.
+picture's seed decides them, and what they became is what is recorded. A LoRA of a line replaces those of
+the command line; `<lora:ink:0.8>` in a prompt, as the A1111 web UI writes it, adds one. With `--literal` both
+are plain text.
 
 ### What is in the folder
 
@@ -70,6 +73,11 @@ accelerate launch --multi_gpu -m gspn2_diffusion batch prompts.txt --out picture
 Each process takes its share of the list and all write into one manifest; the folder must be one that all
 can see. On the CPU pictures are drawn one at a time by default and are bit for bit those of `gspn2 generate`;
 drawn together, or on a GPU, they are the same up to rounding.
+
+With `--batch-size auto` a GPU starts with a few pictures at once, measures what one needs, and grows to the
+most that fit (at most 2^24 pixels, as more is no faster). Towards the end of a group batches get smaller,
+because pictures are encoded and saved beside the drawing of the next ones. Where memory ends nevertheless, the
+batch is halved and drawn again.
 """
 
 

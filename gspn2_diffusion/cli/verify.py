@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gspn2_diffusion.cli import options
+from gspn2_diffusion.cli.adapters import Lora, LoraSwitch, find_lora, require_peft
 from gspn2_diffusion.cli.console import CliError, UsageError, describe, fast_imports, quiet_libraries, say
 
 if TYPE_CHECKING:
@@ -33,6 +34,13 @@ def verify(
             show_default=False,
         ),
     ] = None,
+    lora: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--lora", help="File of a LoRA that the picture was drawn with; one each.", show_default=False
+        ),
+    ] = None,
+    lora_dir: options.LoraDirOption = None,
     device: Annotated[
         str, typer.Option("--device", help="auto (as recorded, if it is there), cpu, cuda, cuda:N or mps.")
     ] = "auto",
@@ -61,8 +69,11 @@ def verify(
         settings = read_settings(picture)
     except (MetadataError, OSError) as error:
         raise CliError(describe(error)) from error
+    if settings.source:
+        raise CliError(f"{str(picture)!r} was drawn from another picture, which is not inside it")
+    loras = _recorded_loras(settings, lora or [], lora_dir)
     with quiet_libraries():
-        before, after, now = _draw_again(picture, settings, model, device)
+        before, after, now = _draw_again(picture, settings, model, device, loras)
     result = compare(before, after, tolerance)
     result["differs"] = differences(settings, now)
     if as_json:
@@ -72,38 +83,52 @@ def verify(
     return 0 if result["same"] else EXIT_DIFFERS
 
 
+def _recorded_loras(settings: GenerationSettings, files: list[Path], folder: Path | None) -> list[Lora]:
+    """The files of a picture's LoRAs in their order: by hash, else by name.
+
+    Raises:
+        CliError: one of them is not there.
+    """
+    if not settings.loras:
+        return []
+    given = [find_lora(str(file), None) for file in files]
+    known = {lora.name: lora for lora in given} | {lora.sha256: lora for lora in given}
+    found = [
+        known.get(used["sha256"]) or known.get(used["name"]) or find_lora(used["name"], folder)
+        for used in settings.loras
+    ]
+    require_peft()
+    return found
+
+
 def _draw_again(
-    picture: Path, settings: GenerationSettings, model: str | None, device_name: str
+    picture: Path, settings: GenerationSettings, model: str | None, device_name: str, loras: list[Lora]
 ) -> tuple[np.ndarray, np.ndarray, GenerationSettings]:
     """Pixels ``(H, W, 3)`` uint8 of the file and of the new picture, and the settings of the latter."""
     import dataclasses
 
     from gspn2_diffusion.cli import loading
-    from gspn2_diffusion.files import model_hash
 
     source = loading.find_model(model or settings.model)
     with fast_imports():
         import torch
-    from gspn2_diffusion.cli.rendering import draw_batch, package_versions, to_image
+    from gspn2_diffusion.cli.rendering import common_settings, draw_batch
 
     if device_name == "auto":
         there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         device_name = settings.device if there.get(settings.device) else "auto"
     device = options.resolve_device(device_name)
-    pipe, folder = loading.load_pipeline(
-        source, device, options.resolve_dtype(options.check_dtype(settings.dtype), device)
-    )
-    scheduler, config = loading.scheduler_settings(pipe)
+    dtype = options.resolve_dtype(options.check_dtype(settings.dtype), device)
+    pipe, folder = loading.load_pipeline(source, device, dtype)
+    used = [lora.used(old["weight"]) for lora, old in zip(loras, settings.loras, strict=True)]
     now = dataclasses.replace(
-        settings,
-        model_hash=model_hash(folder),
-        scheduler=scheduler,
-        scheduler_config=config,
-        device=device.type,
-        device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else "",
-        versions=package_versions(device.type),
+        settings, loras=used, **common_settings(pipe, folder, settings.model, device, dtype)
     )
-    image = to_image(draw_batch(pipe, [settings])[0])
+    try:
+        LoraSwitch(pipe, loras).use(used)
+    except ValueError as error:
+        raise CliError(describe(error)) from error
+    image = draw_batch(pipe, [now]).images()[0]
     if image is None:
         raise CliError(f"the new picture has values that are not numbers in {settings.dtype}")
     return _pixels(picture), _pixels(_as_saved(image, picture.suffix.lower(), settings)), now
@@ -155,6 +180,8 @@ def differences(then: GenerationSettings, now: GenerationSettings) -> dict[str, 
         "scheduler": (_scheduler(then), _scheduler(now)),
         "device": (then.device_name or then.device, now.device_name or now.device),
     }
+    for old, new in zip(then.loras, now.loras, strict=True):
+        pairs[f"LoRA {old['name']}"] = (old["sha256"][:10], new["sha256"][:10])
     packages = sorted(then.versions.keys() | now.versions.keys())
     pairs |= {name: (then.versions.get(name, "none"), now.versions.get(name, "none")) for name in packages}
     return {name: list(pair) for name, pair in pairs.items() if pair[0] != pair[1]}

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from gspn2_diffusion.batch import manifest, runner
+from gspn2_diffusion.batch.sizes import BatchSizes
 from gspn2_diffusion.cli import rendering
 from gspn2_diffusion.files import model_hash
 from gspn2_diffusion.png_metadata import read_settings
@@ -127,9 +128,9 @@ def test_failed_pictures_are_recorded_and_tried_again(batch, tmp_path, monkeypat
     def failing(pipe, settings, on_step=None):
         if any(item.prompt == "bad" for item in settings):
             raise RuntimeError("no\nluck")
-        pixels = true_draw(pipe, settings, on_step)
-        pixels[[item.prompt == "nan" for item in settings]] = np.nan
-        return pixels
+        drawn = true_draw(pipe, settings, on_step)
+        drawn.finite[[item.prompt == "nan" for item in settings]] = False
+        return drawn
 
     text = "a\nbad\nnan\nodd --w 18\nb\n"
     monkeypatch.setattr(rendering, "draw_batch", failing)
@@ -170,6 +171,73 @@ def test_batches_shrink_until_they_fit(batch, tmp_path, monkeypatch):
     assert runner.is_out_of_memory(MemoryError())
 
 
+class Card:
+    """The memory of a GPU on which a picture needs ``each`` bytes beside a model of 50."""
+
+    def __init__(self, total: int, each: int) -> None:
+        self.total, self.each, self.count = total, each, 0
+
+    def used(self) -> int:
+        return 50
+
+    def peak(self) -> int:
+        return 50 + self.each * self.count
+
+    def reset_peak(self) -> None:
+        self.count = 0
+
+    def free(self) -> int:
+        return self.total - 50
+
+
+@pytest.mark.parametrize(("total", "largest"), [(10_050, 850), (1_050, 85), (10**9, 4096), (60, 1)])
+def test_automatic_batches_grow_to_the_most_that_fit(total, largest):
+    card = Card(total, 10)
+    batches, left, drawn = BatchSizes(None, card), 10_000, []
+    while left:
+        size = batches.choose(64, 64, left)
+        if 50 + size * 10 > total:  # only the first can be too large: nothing is known yet
+            assert not drawn
+            batches.shrink(64, 64, size)
+            continue
+        with batches.observe(64, 64, size):
+            card.count = size
+        drawn.append(size)
+        left -= size
+    assert max(drawn) == pytest.approx(min(largest, 2500), rel=0.06)
+    if largest >= 32:
+        assert max(drawn[:5]) > 0.9 * min(largest, 2000)  # quickly
+        assert drawn[-1] <= 32  # little is left to encode when the last one is drawn
+    wide = BatchSizes(None, Card(10**9, 10))
+    assert wide.choose(4096, 4096, 100) == 1  # 2**24 pixels at once are enough
+
+
+def test_memory_that_ends_stops_growing():
+    batches = BatchSizes(None, Card(10**9, 1))
+    with batches.observe(64, 64, 8):
+        pass
+    assert batches.choose(64, 64, 1000) > 32
+    assert batches.shrink(64, 64, 64) == 32
+    with batches.observe(64, 64, 32):
+        pass
+    assert batches.choose(64, 64, 1000) == 32
+    assert batches.choose(32, 32, 1000) == 8  # another size is another question
+
+
+def test_numbers_become_pictures_as_in_diffusers():
+    from diffusers.image_processor import VaeImageProcessor
+
+    pixels = torch.rand(3, 3, 8, 12, generator=torch.Generator().manual_seed(0))
+    pixels[1, 0, 2, 3] = torch.nan
+    drawn = rendering.Drawn(pixels, rendering.mark(pixels.device))
+    images = drawn.images()
+    assert images[1] is None
+    assert drawn.seconds() >= 0
+    expected = VaeImageProcessor.numpy_to_pil(pixels.permute(0, 2, 3, 1).numpy())
+    for index in (0, 2):
+        assert np.array_equal(np.asarray(images[index]), np.asarray(expected[index]))
+
+
 def test_a_picture_is_the_same_in_company(batch, tmp_path):
     text = "a red apple --d 1\na blue rocket --d 2 --n red\nflat --d 3\n"
     assert batch(text, "--batch-size", 3).code == 0
@@ -195,14 +263,16 @@ def test_other_formats_carry_their_settings(batch, gspn2, tmp_path, ending):
 def test_events(batch, tmp_path):
     result = batch("a\nb\nb --d 1 --w 18", "--json")
     events = [json.loads(line) for line in result.out.splitlines()]
-    assert [event["event"] for event in events] == ["plan", "picture", "picture", "picture", "end"]
+    assert events[0]["event"] == "plan"
     assert (events[0]["total"], events[0]["skipped"]) == (3, 0)
-    assert {(e["prompt"], e["status"]) for e in events[1:-1]} == {
+    assert [e["count"] for e in events if e["event"] == "batch"] == [1, 1]
+    assert {(e["prompt"], e["status"]) for e in events if e["event"] == "picture"} == {
         ("a", "done"),
         ("b", "done"),
         ("b", "failed"),
     }
     assert (events[-1]["done"], events[-1]["failed"], events[-1]["interrupted"]) == (2, 1, False)
+    assert 0 < events[-1]["started"] <= events[-1]["ended"]
 
 
 def test_standard_input(gspn2, tiny_model, tmp_path, monkeypatch):
