@@ -11,22 +11,12 @@ from diffusers.schedulers import SchedulerMixin
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gspn2_diffusion.models.transformer_gspn2 import GSPN2Transformer2DModel
-from gspn2_diffusion.pipelines import input_checks
-from gspn2_diffusion.pipelines.call import CallInputs
+from gspn2_diffusion.pipelines import input_checks, sampling
+from gspn2_diffusion.pipelines.call import EMBEDS, CallInputs
 from gspn2_diffusion.pipelines.denoising import DenoisingPipeline
 from gspn2_diffusion.pipelines.lora import GSPN2LoraLoaderMixin
-from gspn2_diffusion.pipelines.sampling import Tensors, vae_scale_factor
+from gspn2_diffusion.pipelines.sampling import Tensors
 from gspn2_diffusion.pipelines.text_encoding import encode_texts, masked_mean
-
-# What `encode_prompt` returns, in this order; the names are those of the pipelines' arguments.
-ENCODED = (
-    "prompt_embeds",
-    "prompt_attention_mask",
-    "negative_prompt_embeds",
-    "negative_prompt_attention_mask",
-    "pooled_prompt_embeds",
-    "negative_pooled_prompt_embeds",
-)
 
 
 class GSPN2PipelineBase(DenoisingPipeline, GSPN2LoraLoaderMixin):
@@ -38,10 +28,15 @@ class GSPN2PipelineBase(DenoisingPipeline, GSPN2LoraLoaderMixin):
         transformer: predicts the velocity ``noise - data``.
         scheduler: ``FlowMatchEulerDiscreteScheduler``, or another one set up for flow matching.
         max_sequence_length: default number of text tokens; saved with the model.
+        vae_scale_factor: pixels per latent along one side; saved with the model, so that a VAE of another
+            model does not go unnoticed. By default that of ``vae``.
+
+    Raises:
+        ValueError: ``vae`` has another scale.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"  # type: ignore[assignment]
-    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", *ENCODED]
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", *EMBEDS]
 
     tokenizer: Any
     text_encoder: Any
@@ -54,12 +49,18 @@ class GSPN2PipelineBase(DenoisingPipeline, GSPN2LoraLoaderMixin):
         transformer: GSPN2Transformer2DModel,
         scheduler: SchedulerMixin,
         max_sequence_length: int = 32,
+        vae_scale_factor: int | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(tokenizer=tokenizer, text_encoder=text_encoder, vae=vae)
         self.register_modules(transformer=transformer, scheduler=scheduler)
-        self.register_to_config(max_sequence_length=max_sequence_length)
-        self.vae_scale_factor = vae_scale_factor(vae)
+        self.vae_scale_factor = vae_scale_factor or sampling.vae_scale_factor(vae)
+        self.register_to_config(
+            max_sequence_length=max_sequence_length,
+            vae_scale_factor=vae_scale_factor if vae is None else self.vae_scale_factor,
+        )
+        if vae is not None:
+            self.check_scale()
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     # Checks
@@ -75,12 +76,23 @@ class GSPN2PipelineBase(DenoisingPipeline, GSPN2LoraLoaderMixin):
                 f"`vae` has {latent} latent channels, `transformer` expects {expected}: "
                 "they belong to different models"
             )
+        self.check_scale()
+
+    def check_scale(self) -> None:
+        """Raises ``ValueError`` unless the VAE has the scale that the pipeline was made with."""
+        scale = sampling.vae_scale_factor(self.vae)
+        if scale != self.vae_scale_factor:
+            raise ValueError(
+                f"`vae` makes latents {scale} times smaller than pictures, `transformer` was trained on "
+                f"{self.vae_scale_factor} times smaller ones: they belong to different models"
+            )
 
     def begin_call(self, call: CallInputs, height: int, width: int) -> int:
         """Checks everything that came, and sets the state of the call; returns the number of pictures."""
         self.check_components()
         call.guidance.check()
         self._guidance, self._guidance_scale = call.guidance, float(call.guidance.scale)
+        self.check_cache()
         batch = self.check_text_inputs(
             call.prompt, call.negative_prompt, call.embeds, call.max_sequence_length
         )
@@ -105,7 +117,7 @@ class GSPN2PipelineBase(DenoisingPipeline, GSPN2LoraLoaderMixin):
             max_sequence_length=call.max_sequence_length,
             **call.embeds,
         )
-        return dict(zip(ENCODED, encoded, strict=True))
+        return dict(zip(EMBEDS, encoded, strict=True))
 
     def check_text_inputs(
         self, prompt: Any, negative_prompt: Any, embeds: Tensors, max_sequence_length: int | None
@@ -169,28 +181,25 @@ class GSPN2PipelineBase(DenoisingPipeline, GSPN2LoraLoaderMixin):
             where ``N = B * num_images_per_prompt``; the negative ones are None without guidance.
         """
         device = device or self._execution_device
-        prompt_embeds, prompt_attention_mask, pooled_prompt_embeds = self._encode(
+        positive = self._encode(
             prompt, prompt_embeds, prompt_attention_mask, pooled_prompt_embeds, max_sequence_length, device
         )
-        batch = prompt_embeds.shape[0]
-        prompt_embeds, prompt_attention_mask, pooled_prompt_embeds = (
-            tensor.repeat_interleave(num_images_per_prompt, dim=0)
-            for tensor in (prompt_embeds, prompt_attention_mask, pooled_prompt_embeds)
+        negative: tuple[torch.Tensor | None, ...] = (None, None, None)
+        if do_classifier_free_guidance:
+            negative = self._encode(
+                negative_prompt or "",
+                negative_prompt_embeds,
+                negative_prompt_attention_mask,
+                negative_pooled_prompt_embeds,
+                max_sequence_length,
+                device,
+            )
+        rows = positive[0].shape[0] * num_images_per_prompt
+        prompt_embeds, prompt_attention_mask, pooled_prompt_embeds = _repeated(positive, rows)
+        negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds = _repeated(
+            negative, rows
         )
-        if not do_classifier_free_guidance:
-            return prompt_embeds, prompt_attention_mask, None, None, pooled_prompt_embeds, None
-        negative = self._encode(
-            negative_prompt or "",
-            negative_prompt_embeds,
-            negative_prompt_attention_mask,
-            negative_pooled_prompt_embeds,
-            max_sequence_length,
-            device,
-        )
-        negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds = (
-            tensor.repeat_interleave(num_images_per_prompt * (batch // tensor.shape[0]), dim=0)
-            for tensor in negative
-        )
+        # One return, of names: diffusers' tests read them out of the source.
         return (
             prompt_embeds,
             prompt_attention_mask,
@@ -221,3 +230,11 @@ class GSPN2PipelineBase(DenoisingPipeline, GSPN2LoraLoaderMixin):
         embeds, mask = embeds.to(device), mask.to(device)
         pooled = masked_mean(embeds, mask) if pooled is None else pooled.to(device)
         return embeds, mask, pooled
+
+
+def _repeated(tensors: tuple[torch.Tensor | None, ...], rows: int) -> tuple[torch.Tensor | None, ...]:
+    """Each tensor with every row repeated, so that there are ``rows``."""
+    return tuple(
+        None if tensor is None else tensor.repeat_interleave(rows // tensor.shape[0], dim=0)
+        for tensor in tensors
+    )

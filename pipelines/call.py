@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -14,6 +14,16 @@ from gspn2_diffusion.pipelines.sampling import Tensors
 
 StepCallback = Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks
 Generators = torch.Generator | list[torch.Generator]
+
+# The arguments for texts that are encoded already, in the order in which `encode_prompt` returns them.
+EMBEDS = (
+    "prompt_embeds",
+    "prompt_attention_mask",
+    "negative_prompt_embeds",
+    "negative_prompt_attention_mask",
+    "pooled_prompt_embeds",
+    "negative_pooled_prompt_embeds",
+)
 
 
 @dataclass
@@ -35,6 +45,23 @@ class CallInputs:
     callback: StepCallback | None
     callback_inputs: list[str] | tuple[str, ...]
     max_sequence_length: int | None
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> CallInputs:
+        """Out of the arguments of a pipeline's call by their names, as ``locals()`` has them at its start."""
+        same = [field.name for field in fields(cls) if field.name in arguments]
+        return cls(
+            **{name: arguments[name] for name in same},
+            embeds={name: arguments[name] for name in EMBEDS},
+            guidance=Guidance(
+                arguments["guidance_scale"],
+                arguments["guidance_interval"],
+                arguments["guidance_rescale"],
+                arguments["guider"],
+            ),
+            callback=arguments["callback_on_step_end"],
+            callback_inputs=arguments["callback_on_step_end_tensor_inputs"],
+        )
 
     def __post_init__(self) -> None:
         if isinstance(self.callback, (PipelineCallback, MultiPipelineCallbacks)):

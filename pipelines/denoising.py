@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from diffusers.pipelines.sana.pipeline_sana import retrieve_timesteps
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
+from gspn2_diffusion.models.caching import ONE_STATE
 from gspn2_diffusion.pipelines.call import CallInputs, Generators
 from gspn2_diffusion.pipelines.guidance import Guidance, apply_guider
 from gspn2_diffusion.pipelines.loading import LoadablePipeline
@@ -33,6 +35,8 @@ class DenoisingPipeline(LoadablePipeline):
     _guidance: Guidance = Guidance()
     _attention_kwargs: dict[str, Any] | None = None
     _num_timesteps: int = 0
+    _current_timestep: torch.Tensor | None = None
+    _cached_rows: int = 0
     _interrupt: bool = False
 
     # State of a call, as diffusers' callbacks expect it
@@ -56,6 +60,11 @@ class DenoisingPipeline(LoadablePipeline):
     def num_timesteps(self) -> int:
         """Number of denoiser calls of the running call."""
         return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> torch.Tensor | None:
+        """The timestep of the running step, for the feature caches that ask for it; None between calls."""
+        return self._current_timestep
 
     @property
     def interrupt(self) -> bool:
@@ -139,6 +148,9 @@ class DenoisingPipeline(LoadablePipeline):
         ``after_step`` gets the index of the step and returns latents to go on with.
         """
         self._num_timesteps = len(timesteps)
+        self._cached_rows = 0
+        if self.cache_kind is not None:
+            self.transformer._reset_stateful_cache()  # an interrupted or failed call may have left features
         order = self.scheduler.order
         step_options: dict[str, Any] = {"return_dict": False}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
@@ -147,6 +159,7 @@ class DenoisingPipeline(LoadablePipeline):
             for index, timestep in enumerate(timesteps):
                 if self.interrupt:
                     break
+                self._current_timestep = timestep
                 velocity = self.predict_velocity(tensors, timestep, index)
                 tensors["latents"] = self.scheduler.step(
                     velocity, timestep, tensors["latents"], **step_options
@@ -159,6 +172,7 @@ class DenoisingPipeline(LoadablePipeline):
                     tensors.update({name: changed[name] for name in changed if name in tensors})
                 if index == len(timesteps) - 1 or (index + 1) % order == 0:
                     progress.update()
+        self._current_timestep = None
 
     def predict_velocity(self, tensors: Tensors, timestep: torch.Tensor, index: int = 0) -> torch.Tensor:
         """The guided velocity ``(N, C, h, w)`` float32 at one timestep, conditioned on ``tensors``.
@@ -176,7 +190,8 @@ class DenoisingPipeline(LoadablePipeline):
         covered = guidance.covers(index // order, -(-self._num_timesteps // order) or 1)
         guided = covered and self.do_classifier_free_guidance
         inputs = torch.cat([latents, latents]) if guided else latents
-        velocity = self.run_transformer(inputs, timestep, *conditioning(tensors, guided))
+        context = "cond_uncond" if guided else "cond"
+        velocity = self.run_transformer(inputs, timestep, context, *conditioning(tensors, guided))
         if not guided:
             return velocity
         return guidance.combine(*velocity.chunk(2), self.guidance_scale)
@@ -185,26 +200,64 @@ class DenoisingPipeline(LoadablePipeline):
         self,
         latents: torch.Tensor,
         timestep: torch.Tensor,
+        context: str,
         embeds: torch.Tensor,
         mask: torch.Tensor,
         pooled: torch.Tensor,
     ) -> torch.Tensor:
-        """The velocity ``(N, C, h, w)`` float32, in the transformer's dtype inside."""
+        """The velocity ``(N, C, h, w)`` float32, in the transformer's dtype inside.
+
+        ``context`` names the kind of call: feature caches keep a state for each.
+        """
         dtype, wants_pooled = (
             self.transformer.dtype,
             self.transformer.config.pooled_projection_dim is not None,
         )
-        velocity = self.transformer(
-            latents.to(dtype),
-            timestep=timestep.expand(latents.shape[0]).to(latents.device),
-            encoder_hidden_states=embeds.to(dtype),
-            encoder_attention_mask=mask,
-            pooled_projections=pooled.to(dtype) if wants_pooled else None,
-            attention_kwargs=self.attention_kwargs,
-            return_dict=False,
-        )[0].float()
+        with self.cache_context(context, latents.shape[0]):
+            velocity = self.transformer(
+                latents.to(dtype),
+                timestep=timestep.expand(latents.shape[0]).to(latents.device),
+                encoder_hidden_states=embeds.to(dtype),
+                encoder_attention_mask=mask,
+                pooled_projections=pooled.to(dtype) if wants_pooled else None,
+                attention_kwargs=self.attention_kwargs,
+                return_dict=False,
+            )[0].float()
         # A model may also predict a variance.
         return velocity.chunk(2, dim=1)[0] if velocity.shape[1] == 2 * latents.shape[1] else velocity
+
+    def cache_context(self, name: str, rows: int) -> AbstractContextManager[None]:
+        """What a feature cache on the transformer needs to know of a call of ``rows`` pictures."""
+        if self.cache_kind is None:
+            return nullcontext()
+        if rows != self._cached_rows:  # guidance went on or off: caches with one state have the wrong batch
+            if self._cached_rows and self.cache_kind in ONE_STATE:
+                self.transformer._reset_stateful_cache()
+            self._cached_rows = rows
+        return self.transformer.cache_context(name)
+
+    @property
+    def cache_kind(self) -> str | None:
+        """The name of the configuration of the transformer's feature cache, where one is enabled."""
+        config = getattr(self.transformer, "_cache_config", None)
+        return None if config is None else type(config).__name__
+
+    def check_cache(self) -> None:
+        """Raises ``ValueError`` for a feature cache that cannot work with the guidance of the call."""
+        guidance = self._guidance
+        if self.cache_kind in ONE_STATE and guidance.guider is not None:
+            raise ValueError(
+                f"the cache {self.cache_kind} does not go with `guider`, which runs the denoiser several "
+                "times in a step; use `guidance_scale`, or FirstBlockCacheConfig"
+            )
+        if self.cache_kind != "FasterCacheConfig" or self.transformer._cache_config.is_guidance_distilled:
+            return
+        if not self.do_classifier_free_guidance or tuple(guidance.interval) != (0.0, 1.0):
+            raise ValueError(
+                f"the cache FasterCacheConfig needs guidance in every step, got `guidance_scale`="
+                f"{self._guidance_scale} and `guidance_interval`={tuple(guidance.interval)}; "
+                "set its `is_guidance_distilled` for calls without"
+            )
 
     def decode_latents(self, latents: torch.Tensor, output_type: str) -> Pictures:
         """Latents ``(N, C, h, w)`` to pictures of ``output_type``; latents as they are for "latent"."""

@@ -78,7 +78,7 @@ class Guidance:
 def apply_guider(
     guider: Any,
     transformer: Any,
-    predict: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    predict: Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
     tensors: dict[str, Any],
     timestep: torch.Tensor,
     step: int,
@@ -89,7 +89,7 @@ def apply_guider(
     Args:
         guider: sees ``step`` of ``steps``, keeps its own state between steps and resets it in step 0.
         transformer: the guider may put hooks on it for a prediction.
-        predict: embeddings, mask and pooled vector to a prediction.
+        predict: the name of the prediction, embeddings, mask and pooled vector to a prediction.
         tensors: holds all three, with and without ``negative_`` in front.
         timestep: of the scheduler.
     """
@@ -98,6 +98,7 @@ def apply_guider(
     batches = guider.prepare_inputs({name: (tensors[name], tensors[f"negative_{name}"]) for name in names})
     for batch in batches:
         guider.prepare_models(transformer)
-        batch.noise_pred = predict(*(getattr(batch, name) for name in names))
+        kind = getattr(batch, guider._identifier_key)
+        batch.noise_pred = predict(kind, *(getattr(batch, name) for name in names))
         guider.cleanup_models(transformer)
     return guider(batches).pred

@@ -87,12 +87,12 @@ class ImageConditionedPipeline(GSPN2PipelineBase):
             self.scheduler.set_begin_index(self._begin_index)
         return timesteps[self._begin_index :], count - skipped
 
-    def noised(self, tensors: Tensors, index: int) -> torch.Tensor:
+    def noised(self, tensors: Tensors, index: int, name: str = "image_latents") -> torch.Tensor:
         """The picture's latents as noisy as those that enter step ``index`` of the call; clean at its end."""
         if index >= self._num_timesteps:
-            return tensors["image_latents"]
+            return tensors[name]
         sigma = self.scheduler.sigmas[self._begin_index + index].to(tensors["noise"])
-        return (1 - sigma) * tensors["image_latents"] + sigma * tensors["noise"]
+        return (1 - sigma) * tensors[name] + sigma * tensors["noise"]
 
     def prepare_call(
         self, call: CallInputs, pictures: torch.Tensor, images: int, size: tuple[int, int], strength: float

@@ -49,7 +49,7 @@ def read_pictures(image: Any, height: int, width: int, processor: VaeImageProces
                 raise ValueError(f"`image` must have 3 channels, got {channels} in shape {tuple(item.shape)}")
     if not isinstance(items[0], PIL.Image.Image):
         items = [part for item in items for part in (item if item.ndim == 4 else [item])]
-    items = [_on_white(item) if isinstance(item, PIL.Image.Image) else item for item in items]
+    items = [on_white(item) if isinstance(item, PIL.Image.Image) else item for item in items]
     if len({picture_size(item) for item in items}) > 1 and not isinstance(items[0], PIL.Image.Image):
         raise ValueError("`image` holds arrays of several sizes; all must have the same")
     return processor.preprocess(items, height=height, width=width).float()
@@ -123,7 +123,8 @@ def _check_numbers(name: str, values: Any) -> None:
         raise ValueError(f"`{name}` must lie in [0, 1], got [{float(values.min())}, {float(values.max())}]")
 
 
-def _on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
+def on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """The picture as RGB; what is transparent becomes white."""
     if not (picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info):
         return picture.convert("RGB")
     layer = picture.convert("RGBA")

@@ -199,14 +199,14 @@ def check_generator(generator: Any, images: int, device: torch.device) -> None:
         )
 
 
-def check_latents(latents: Any, shape: Sequence[int]) -> None:
+def check_latents(latents: Any, shape: Sequence[int], name: str = "latents") -> None:
     """None, or a floating-point tensor of exactly ``shape``."""
     if latents is None:
         return
-    _check_float_tensor("latents", latents)
+    _check_float_tensor(name, latents)
     if tuple(latents.shape) != tuple(shape):
         raise ValueError(
-            f"`latents` must have the shape {tuple(shape)} for this call, got {tuple(latents.shape)}"
+            f"`{name}` must have the shape {tuple(shape)} for this call, got {tuple(latents.shape)}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -15,6 +16,8 @@ from gspn2_diffusion.pipelines.model_folders import (
     resolve_model,
     write_pipeline_file,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class LoadablePipeline(DiffusionPipeline):
@@ -51,11 +54,14 @@ class LoadablePipeline(DiffusionPipeline):
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], safe_serialization: bool = True, **kwargs: Any
     ) -> None:
-        """As ``DiffusionPipeline.save_pretrained``, safetensors only; ``max_shard_size`` cuts into shards."""
+        """As ``DiffusionPipeline.save_pretrained``, safetensors only; ``max_shard_size`` cuts into shards.
+
+        ``push_to_hub=True`` also uploads the folder. ``safe_serialization=False`` still writes safetensors,
+        and says so: weights are never pickled.
+        """
         if not safe_serialization:
-            raise ValueError("`safe_serialization` must be True: weights are never pickled, got False")
+            logger.warning("`safe_serialization=False`: weights are never pickled, safetensors are written")
         super().save_pretrained(save_directory, safe_serialization=True, **kwargs)
-        remove_local_paths(save_directory)
 
     def save_config(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
@@ -65,6 +71,7 @@ class LoadablePipeline(DiffusionPipeline):
         With it ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`` works.
         """
         super().save_config(save_directory, push_to_hub, **kwargs)
+        remove_local_paths(save_directory)
         write_pipeline_file(save_directory, type(self).__name__)
 
     @classmethod

@@ -8,7 +8,6 @@ import torch
 
 from gspn2_diffusion.pipelines import input_checks
 from gspn2_diffusion.pipelines.call import CallInputs, Generators, StepCallback
-from gspn2_diffusion.pipelines.guidance import Guidance
 from gspn2_diffusion.pipelines.image_conditioned import ImageConditionedPipeline
 from gspn2_diffusion.pipelines.pipeline_output import GSPN2PipelineOutput
 
@@ -76,30 +75,7 @@ class GSPN2Img2ImgPipeline(ImageConditionedPipeline):
         Raises:
             ValueError, TypeError: before any heavy work, naming the argument.
         """
-        call = CallInputs(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            embeds={
-                "prompt_embeds": prompt_embeds,
-                "prompt_attention_mask": prompt_attention_mask,
-                "pooled_prompt_embeds": pooled_prompt_embeds,
-                "negative_prompt_embeds": negative_prompt_embeds,
-                "negative_prompt_attention_mask": negative_prompt_attention_mask,
-                "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
-            },
-            guidance=Guidance(guidance_scale, guidance_interval, guidance_rescale, guider),
-            num_inference_steps=num_inference_steps,
-            timesteps=timesteps,
-            sigmas=sigmas,
-            num_images_per_prompt=num_images_per_prompt,
-            generator=generator,
-            latents=latents,
-            output_type=output_type,
-            attention_kwargs=attention_kwargs,
-            callback=callback_on_step_end,
-            callback_inputs=callback_on_step_end_tensor_inputs,
-            max_sequence_length=max_sequence_length,
-        )
+        call = CallInputs.of(locals())
         self.check_components()
         input_checks.check_fraction("strength", strength)
         size = self.picture_call_size(image, height, width)

@@ -19,6 +19,7 @@ from torch import nn
 from gspn2_diffusion.layers.block import GSPN2TransformerBlock, modulate
 from gspn2_diffusion.layers.embeddings import TimestepTextEmbedding
 from gspn2_diffusion.layers.mixer import GSPN2Mixer, check_scan_backend
+from gspn2_diffusion.models import caching
 from gspn2_diffusion.models.checks import check_config, check_inputs, mixer_per_layer
 from gspn2_diffusion.models.initialization import initialize_weights
 
@@ -197,14 +198,33 @@ class GSPN2Transformer2DModel(  # type: ignore[misc]
                 module.backend = backend
 
     def enable_cache(self, config: Any) -> None:
-        """See diffusers' ``CacheMixin.enable_cache``; block-level caches (FirstBlockCache, MagCache) work."""
-        # Registered here, not on import: the registry pulls in a dozen of diffusers' models.
-        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+        """As diffusers' ``CacheMixin.enable_cache``, on the mixers too; never without effect.
 
-        TransformerBlockRegistry.register(
-            GSPN2TransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0)
-        )
+        Args:
+            config: of FirstBlockCache, MagCache, TaylorSeerCache, PyramidAttentionBroadcast or FasterCache.
+
+        Raises:
+            ValueError: a cache is on already, this one cannot apply, or it finds nothing to cache.
+        """
+        if not self.is_cache_enabled:
+            config = caching.fit_config(self, config)
+            caching.register_block()
+        before = caching.count_hooks(self)
         super().enable_cache(config)
+        caching.hook_mixers(self, config)
+        if caching.count_hooks(self) == before:
+            super().disable_cache()
+            raise ValueError(
+                f"the cache finds nothing to cache in this {type(self).__name__}, which has the mixers "
+                f"{sorted(set(mixer_per_layer(self.config.mixer, self.config.num_layers)))}; got {config}"
+            )
+        self._forget_child_registries()
+
+    def _forget_child_registries(self) -> None:
+        """Hooks were added after diffusers made its list of those that contexts are sent to."""
+        forget = getattr(getattr(self, "_diffusers_hook", None), "invalidate_child_registries_cache", None)
+        if forget is not None:  # a version that keeps such a list
+            forget()
 
     def _patchify(self, latents: torch.Tensor) -> torch.Tensor:
         """``(B, c, h*p, w*p)`` -> ``(B, h*w, p*p*c)``."""

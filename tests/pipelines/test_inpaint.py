@@ -125,7 +125,109 @@ def test_latents_as_the_picture(pipe: GSPN2InpaintPipeline) -> None:
     torch.testing.assert_close(draw(pipe, latents), draw(pipe, paste_unmasked=False), atol=1e-5, rtol=0)
 
 
+def test_masked_image_latents_are_what_stands_outside(pipe: GSPN2InpaintPipeline) -> None:
+    with torch.no_grad():
+        clean = pipe.encode_pictures(2 * PICTURE - 1, torch.device("cpu"))
+    torch.testing.assert_close(draw(pipe, masked_image_latents=clean), draw(pipe))
+    other = torch.full_like(clean, 0.7)
+    latents = draw(pipe, masked_image_latents=other, output_type="latent")
+    touched = torch.zeros(1, 1, 8, 8)
+    touched[:, :, 1:5, 2:6] = 1
+    kept = touched.expand_as(latents) == 0
+    torch.testing.assert_close(latents[kept], other[kept])
+    assert (latents - other)[~kept].abs().min() > 0
+    names = ["masked_image_latents"]
+    seen = []
+    draw(
+        pipe,
+        masked_image_latents=other,
+        callback_on_step_end=lambda pipe, step, time, tensors: seen.append(tensors) or {},
+        callback_on_step_end_tensor_inputs=names,
+    )
+    assert all(torch.equal(tensors["masked_image_latents"], other) for tensors in seen)
+
+
+def big_picture() -> tuple[PIL.Image.Image, PIL.Image.Image]:
+    """60 x 40 pixels, of which a 6 x 4 part is to be drawn."""
+    pixels = torch.randint(0, 256, (40, 60, 3), generator=seeded(5), dtype=torch.uint8)
+    mask = PIL.Image.new("L", (60, 40))
+    mask.paste(255, (20, 10, 26, 14))
+    return PIL.Image.fromarray(pixels.numpy()), mask
+
+
+def test_padding_mask_crop_draws_the_surroundings_and_keeps_the_rest(pipe: GSPN2InpaintPipeline) -> None:
+    image, mask = big_picture()
+    sizes = []
+    handle = pipe.transformer.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape[-2:]))
+    drawn = draw(pipe, image, mask, padding_mask_crop=3, output_type="pil", height=16, width=24)[0]
+    handle.remove()
+    assert set(sizes) == {(8, 12)}
+    assert drawn.size == image.size
+    before, after = np.asarray(image), np.asarray(drawn)
+    inside = np.asarray(mask) == 255
+    np.testing.assert_array_equal(before[~inside], after[~inside])
+    assert np.abs(before[inside].astype(int) - after[inside]).mean() > 10
+    loose = draw(
+        pipe, image, mask, padding_mask_crop=3, output_type="pil", height=16, width=24, paste_unmasked=False
+    )[0]
+    changed = (np.asarray(loose) != before).any(axis=-1)
+    rows, columns = np.nonzero(changed)  # 12 x 10 pixels around the mask, widened to 3 : 2
+    assert (rows.min(), rows.max() + 1) == (7, 17)
+    assert columns.min() <= 17
+    assert 29 <= columns.max() + 1 <= 33
+
+
+def test_padding_mask_crop_over_the_whole_picture_is_plain_inpainting(pipe: GSPN2InpaintPipeline) -> None:
+    image = PIL.Image.fromarray((PICTURE[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+    mask = PIL.Image.fromarray((MASK[0, 0].numpy() * 255).astype(np.uint8))
+    plain = draw(pipe, image, mask, output_type="pil")[0]
+    cropped = draw(pipe, image, mask, output_type="pil", padding_mask_crop=16)[0]
+    assert np.abs(np.asarray(plain).astype(int) - np.asarray(cropped)).max() <= 1
+
+
+CROP = {"padding_mask_crop": 4, "output_type": "pil"}
 ERRORS = {
+    "crop of a tensor": (CROP, TypeError, "`image` must be one PIL picture with `padding_mask_crop`"),
+    "crop with a mask of tensors": (
+        {**CROP, "image": PIL.Image.new("RGB", (16, 16))},
+        TypeError,
+        "`mask_image` must be one PIL picture with `padding_mask_crop`, got Tensor",
+    ),
+    "crop to arrays": (
+        {**CROP, "image": big_picture()[0], "mask_image": big_picture()[1], "output_type": "np"},
+        ValueError,
+        "`output_type` must be 'pil' with `padding_mask_crop`.*got 'np'",
+    ),
+    "crop to nothing": (
+        {**CROP, "image": big_picture()[0], "mask_image": PIL.Image.new("L", (60, 40), 100)},
+        ValueError,
+        "`mask_image` marks nothing",
+    ),
+    "crop of another size": (
+        {**CROP, "image": big_picture()[0], "mask_image": PIL.Image.new("L", (60, 41))},
+        ValueError,
+        "size of `image`, 40 x 60 pixels .*, got 41 x 60",
+    ),
+    "negative padding": (
+        {**CROP, "padding_mask_crop": -1},
+        ValueError,
+        "`padding_mask_crop` must be at least 0, got -1",
+    ),
+    "masked latents": (
+        {"masked_image_latents": torch.zeros(1, 4, 8, 9)},
+        ValueError,
+        r"`masked_image_latents` must have the shape \(1, 4, 8, 8\) for this call, got \(1, 4, 8, 9\)",
+    ),
+    "number of masked latents": (
+        {"masked_image_latents": torch.zeros(2, 4, 8, 8)},
+        ValueError,
+        "`masked_image_latents` .* 1 prompts came with 2",
+    ),
+    "type of masked latents": (
+        {"masked_image_latents": [1.0]},
+        TypeError,
+        "`masked_image_latents` must be a torch.Tensor, got list",
+    ),
     "no mask": ({"mask_image": None}, ValueError, "`mask_image` is needed"),
     "size": (
         {"mask_image": torch.zeros(1, 1, 16, 12)},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -131,6 +133,23 @@ def test_components_that_do_not_fit(pipe: GSPN2Pipeline) -> None:
         pipe("a")
     pipe.vae = None
     with pytest.raises(ValueError, match="no `vae`"):
+        pipe("a")
+
+
+def test_vae_of_another_scale(pipe: GSPN2Pipeline, tmp_path: Path) -> None:
+    message = (
+        "`vae` makes latents 4 times smaller than pictures, `transformer` was trained on 2"
+    )
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    other = tiny_vae(block_out_channels=(8, 8, 8), **kinds)
+    pipe.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["vae_scale_factor"] == 2
+    with pytest.raises(ValueError, match=message):
+        GSPN2Pipeline.from_pretrained(tmp_path, vae=other)
+    with pytest.raises(ValueError, match=message):
+        GSPN2Pipeline.from_pipe(pipe, vae=other)
+    pipe.vae = other
+    with pytest.raises(ValueError, match=message):
         pipe("a")
 
 

@@ -185,8 +185,6 @@ def test_pickled_weights_are_never_read(copy: Path, pipe: GSPN2Pipeline) -> None
         GSPN2Pipeline.from_pretrained(copy)
     with pytest.raises(ValueError, match="`use_safetensors` must be True"):
         GSPN2Pipeline.from_pretrained(copy, use_safetensors=False)
-    with pytest.raises(ValueError, match="`safe_serialization` must be True"):
-        pipe.save_pretrained(copy, safe_serialization=False)
 
 
 @pytest.mark.slow
