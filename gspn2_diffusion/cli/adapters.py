@@ -65,7 +65,7 @@ def find_lora(name: str, folder: Path | None) -> Lora:
                 raise CliError(f"the LoRA {name!r} cannot be read: {describe(error)}") from error
     where = f"in {str(folder)!r} or among" if folder else "among"
     raise CliError(
-        f"no LoRA {name!r} {where} the files here; allowed are {SUFFIX} files and folders with {STANDARD_NAME}"
+        f"no LoRA {name!r} {where} the files here; allowed: {SUFFIX} files, folders with {STANDARD_NAME}"
     )
 
 

@@ -76,7 +76,7 @@ drawn together, or on a GPU, they are the same up to rounding.
 
 With `--batch-size auto` a GPU starts with a few pictures at once, measures what one needs, and grows to the
 most that fit (at most 2^24 pixels, as more is no faster). Towards the end of a group batches get smaller,
-because pictures are encoded and saved beside the drawing of the next ones. Where memory ends nevertheless, the
+because pictures are encoded and saved beside the drawing of the next ones. Where memory ends, the
 batch is halved and drawn again.
 """
 
