@@ -19,11 +19,13 @@ _EXPORTS = {
     "GSPN2Img2ImgPipeline": "gspn2_diffusion.pipelines.pipeline_gspn2_img2img",
     "GSPN2InpaintPipeline": "gspn2_diffusion.pipelines.pipeline_gspn2_inpaint",
     "GSPN2PipelineOutput": "gspn2_diffusion.pipelines.pipeline_output",
+    "convert_to_gspn2": "gspn2_diffusion.conversion.convert",
 }
 
 __all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
+    from gspn2_diffusion.conversion.convert import convert_to_gspn2
     from gspn2_diffusion.layers.mixer import GSPN2Mixer
     from gspn2_diffusion.models.transformer_gspn2 import GSPN2Transformer2DModel
     from gspn2_diffusion.ops.line_scan import line_scan
@@ -53,5 +55,7 @@ if not os.path.isdir(os.path.join(_here, "pipelines")) and os.path.isfile(
 ):
     __path__.append(_beside)
 
-# diffusers' AutoPipeline classes find ours once this package is imported; costs no import of theirs.
+# Once this package is imported, diffusers finds our classes of saved converted models (it looks in loaded
+# modules), and its AutoPipeline classes find our pipelines; costs no import of theirs.
+from gspn2_diffusion import conversion as _conversion  # noqa: E402
 from gspn2_diffusion.pipelines import auto_pipelines as _auto_pipelines  # noqa: E402
