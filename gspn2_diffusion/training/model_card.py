@@ -1,0 +1,82 @@
+"""The model card of a trained folder: what it was made from, and how."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gspn2_diffusion.environment import describe_environment
+from gspn2_diffusion.training.config import DenoiserConfig
+from gspn2_diffusion.training.runtime import Run, parameter_count
+from gspn2_diffusion.training.state import TrainState
+
+_SHOWN = (
+    "data",
+    "resolution",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "optimizer",
+    "learning_rate",
+    "warmup_steps",
+    "weight_decay",
+    "ema_decay",
+    "caption_dropout",
+    "prediction",
+    "weighting",
+    "train_shift",
+    "mixed_precision",
+    "seed",
+)
+
+
+def write_card(folder: Path, config: DenoiserConfig, state: TrainState, run: Run) -> None:
+    """Write ``README.md`` unless one is there, which somebody has written by hand."""
+    if (folder / "README.md").exists():
+        return
+    part = folder / ".README.md.part"
+    part.write_text(card_text(config, state, run), encoding="utf-8")
+    part.replace(folder / "README.md")
+
+
+def card_text(config: DenoiserConfig, state: TrainState, run: Run) -> str:
+    """Markdown with the front matter that the Hub reads."""
+    rows = [f"| {name} | {getattr(config, name)} |" for name in _SHOWN if hasattr(config, name)]
+    about = describe_environment()
+    machine = f"{run.world} process(es), GPU {about['gpu']}, torch {about['torch']}, commit {about['commit']}"
+    front = (
+        "---\nlibrary_name: diffusers\npipeline_tag: text-to-image\ntags:\n- gspn-2\n- text-to-image\n---\n"
+    )
+    use = (
+        "```python\nfrom gspn2_diffusion import GSPN2Pipeline\n\n"
+        'pipe = GSPN2Pipeline.from_pretrained("this folder")\n'
+        'pipe("a prompt").images[0].save("picture.png")\n```\n'
+    )
+    measures = "".join(f"- {name}: {value:.4f}\n" for name, value in last_measures(run.output).items())
+    return "\n".join(
+        [
+            front,
+            "# A GSPN-2 text-to-image model\n",
+            f"{parameter_count(state.module):,} parameters, trained for {state.step:,} steps on "
+            f"{state.pictures:,} pictures (repeats counted).\n",
+            use,
+            "## Training\n",
+            "| setting | value |\n|---|---|",
+            *rows,
+            f"\n{machine}. The whole configuration is in the run's config.json.\n",
+            *(["## Measures at the end\n", measures] if measures else []),
+            "## Before passing it on\n",
+            "State the licence of the pictures, what the model is for, and what it should not be used for.\n",
+        ]
+    )
+
+
+def last_measures(folder: Path) -> dict[str, float]:
+    """The newest validation measures in ``metrics.jsonl``."""
+    found: dict[str, float] = {}
+    file = folder / "metrics.jsonl"
+    if file.is_file():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            row: dict[str, Any] = json.loads(line)
+            found.update({key: value for key, value in row.items() if key.startswith(("val_", "gap_"))})
+    return found
