@@ -121,7 +121,7 @@ def select_kept(names: Sequence[str], keep: Layers | int | None) -> list[str]:
     """
     if keep is None or (not isinstance(keep, (str, int)) and len(keep) == 0):
         return []
-    if isinstance(keep, bool) or not isinstance(keep, int):
+    if not isinstance(keep, int):
         return select_layers(names, keep, "keep_attention")
     if not 0 <= keep < len(names):
         raise ValueError(f"keep_attention must be from 0 to {len(names) - 1} layers, got {keep}.")

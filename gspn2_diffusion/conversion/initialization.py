@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -53,7 +54,8 @@ def start_as_attention(mixer: GSPN2Mixer, attention: Attention, grid: tuple[int,
     of that number make them average. ``M`` is approximated by its best factors of rank ``proxy_dim`` (the
     directions of the tokens to which it reacts most): exact if ``proxy_dim`` reaches the width.
     """
-    value, out = attention.to_v, attention.to_out[0]  # type: ignore[index]
+    value: Any = attention.to_v
+    out: Any = attention.to_out[0]  # type: ignore[index]
     weight = (out.weight.float() @ value.weight.float()) / attention.rescale_output_factor  # (C, C)
     bias = torch.zeros(weight.shape[0], device=weight.device) if out.bias is None else out.bias.float()
     if value.bias is not None:

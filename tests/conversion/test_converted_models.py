@@ -189,7 +189,7 @@ def test_offloading_and_casting(how):
 def test_compiles_whole_and_by_block_without_a_break(regional):
     model = convert_to_gspn2(tiny_pixart() if regional else tiny_sana())
     family = "pixart" if regional else "sana"
-    sizes = [(4, 6), (6, 4)] if regional else [(2, 3), (3, 2)]
+    sizes = [(2, 4), (4, 2)] if regional else [(2, 3), (3, 2)]
     want = [output(family, model, height=h, width=w) for h, w in sizes]
     torch._dynamo.reset()
     if regional:
