@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from gspn2_diffusion.training import losses
-from gspn2_diffusion.training.captions import Prefetcher, clutter
+from gspn2_diffusion.training.captions import Prefetcher, SceneOptions, SceneWriter
 from gspn2_diffusion.training.checkpoint import replace_folder
 from gspn2_diffusion.training.config import AutoencoderConfig, read_mapping
 from gspn2_diffusion.training.data import split_records, sprites_for
+from gspn2_diffusion.training.growth import grow_autoencoder
 from gspn2_diffusion.training.loop import TrainState, fit, prepare_state
 from gspn2_diffusion.training.runtime import Run, parameter_count
+from gspn2_diffusion.training.scene_clutter import clutter
 from gspn2_diffusion.training.scenes import SceneBatch, compose
 from gspn2_diffusion.training.sheets import contact_sheet, save_picture, to_pictures
 
@@ -67,7 +70,15 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 class AutoencoderTask:
     """Losses and measures of autoencoder training; see `gspn2_diffusion.training.loop.Task`."""
 
-    def __init__(self, run: Run, config: AutoencoderConfig, sprites: Tensor, state: TrainState) -> None:
+    def __init__(
+        self,
+        run: Run,
+        config: AutoencoderConfig,
+        sprites: Tensor,
+        state: TrainState,
+        anchor: tuple[Any, int] | None = None,
+    ) -> None:
+        self._anchor, self._anchor_channels = anchor if anchor is not None else (None, 0)
         self.run, self.config, self.state, self._sprites = run, config, state, sprites
         vae = state.module.vae
         self._latent = (vae.config.latent_channels, *_latent_size(vae, config.resolution))
@@ -102,7 +113,21 @@ class AutoencoderTask:
         noise = torch.randn((len(pixels), *self._latent), device=pixels.device, generator=generator)
         found, mean, logvar = model(pixels, noise)
         with torch.autocast(pixels.device.type, enabled=False):
-            return self._compose_loss(found, pixels, mean, logvar)
+            total = self._compose_loss(found, pixels, mean, logvar)
+        return total if self._anchor is None else total + self._drift(pixels, mean)
+
+    def _drift(self, pixels: Tensor, mean: Tensor) -> Tensor:
+        """How far the latents have moved from those of the start, on a quarter of the pictures."""
+        assert self._anchor is not None
+        part = max(1, len(pixels) // 4)
+        with torch.no_grad():
+            wanted, _ = posterior(self._anchor, pixels[:part])
+        known = self._anchor_channels
+        with torch.autocast(pixels.device.type, enabled=False):
+            moved = (mean[:part, :known] - wanted[:, :known]).pow(2).mean()
+            if known < mean.shape[1]:
+                moved = moved + losses.moment_loss(mean[:, known:])
+        return self.config.anchor_weight * moved
 
     def _draw(self, scenes: SceneBatch) -> Tensor:
         device = self._sprites.device
@@ -115,26 +140,36 @@ class AutoencoderTask:
         error = found - pixels
         total = config.l1_weight * error.abs().mean() + config.l2_weight * error.pow(2).mean()
         total = total + config.kl_weight * losses.kl_loss(mean, logvar)
+        if config.psnr_weight:
+            total = total + config.psnr_weight * losses.log_error_loss(found, pixels)
         if config.edge_weight:
             total = total + config.edge_weight * losses.edge_loss(found, pixels)
         if config.ssim_weight:
             total = total + config.ssim_weight * losses.ssim_loss(found, pixels)
         return total
 
-    def _held_out_scenes(self) -> tuple[Tensor, list[SceneBatch]]:
-        """Sprites of unseen concepts and fixed scenes of them, for measuring only."""
+    def _held_out_scenes(self) -> tuple[Tensor, dict[str, list[SceneBatch]]]:
+        """Sprites of unseen concepts and fixed scenes of them, for measuring only.
+
+        "psnr" are cluttered scenes like those of training (blended backgrounds, things cut off), and
+        "psnr_scenes" scenes like those that denoisers are trained on.
+        """
         from gspn2_diffusion.training.emoji import load_sprites
 
         records = split_records(self.config, "unseen_concept", ("all",))
         sprites = load_sprites(
             records, size=self.config.sprite_size, cache_dir=self.config.sprite_cache, errors="blank"
         )
-        batches = -(-self.config.validation_scenes // _EVALUATION_BATCH)
-        scenes = [
+        batches = range(-(-self.config.validation_scenes // _EVALUATION_BATCH))
+        writer = SceneWriter(records, SceneOptions(0.3, triple_probability=0.1), ("unseen_concept",))
+        cluttered = [
             clutter(_EVALUATION_BATCH, len(records), self.config.objects, (_HELD_OUT_STREAM, number))
-            for number in range(batches)
+            for number in batches
         ]
-        return sprites.to(self.run.device), [batch.to(self.run.device) for batch in scenes]
+        plain = [writer.write(_EVALUATION_BATCH, (_HELD_OUT_STREAM, number)) for number in batches]
+        device = self.run.device
+        found = {"psnr": [s.to(device) for s in cluttered], "psnr_scenes": [s.to(device) for s in plain]}
+        return sprites.to(device), found
 
     def judge(self) -> Any:
         """A copy with the averaged weights, as it will be shipped."""
@@ -144,27 +179,30 @@ class AutoencoderTask:
         self.state.copy_average_to(self._judge)
         return self._judge
 
-    def _pairs(self, limit: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    def _pairs(self, kind: str, limit: int | None = None) -> list[tuple[Tensor, Tensor]]:
         """Held-out pictures and their reconstructions."""
         if self._held_out is None:
             raise RuntimeError("held-out scenes exist on the main process alone")
         sprites, batches = self._held_out
         vae, pairs = self.judge(), []
         with torch.no_grad():
-            for scenes in batches[:limit]:
+            for scenes in batches[kind][:limit]:
                 pixels = compose(sprites, scenes, self.config.resolution)
                 mean, _ = posterior(vae, pixels.to(vae.dtype))
                 pairs.append((pixels, decode(vae, mean.to(vae.dtype)).float()))
         return pairs
 
     def validate(self, step: int) -> dict[str, float]:
-        """PSNR in dB on held-out scenes, mean over pictures."""
-        values = torch.cat([losses.psnr(found, wanted) for wanted, found in self._pairs()])
-        return {"psnr": float(values[: self.config.validation_scenes].mean())}
+        """PSNR in dB on held-out scenes of both kinds, mean over pictures."""
+        measures = {}
+        for kind in ("psnr", "psnr_scenes"):
+            values = torch.cat([losses.psnr(found, wanted) for wanted, found in self._pairs(kind)])
+            measures[kind] = float(values[: self.config.validation_scenes].mean())
+        return measures
 
     def sample(self, step: int) -> None:
         """Pictures above their reconstructions."""
-        wanted, found = self._pairs(limit=1)[0]
+        wanted, found = self._pairs("psnr", limit=1)[0]
         ratio = losses.psnr(found, wanted)
         count = min(16, len(wanted))
         rows = [
@@ -199,11 +237,22 @@ def _latent_size(vae: Any, resolution: int) -> tuple[int, int]:
     return side, side
 
 
-def load_autoencoder(config: AutoencoderConfig) -> Any:
-    """A new autoencoder of the configuration, or the one to start from."""
-    if config.init_from:
-        return AutoencoderKL.from_pretrained(config.init_from, dtype=torch.float32)
-    return AutoencoderKL.from_config(read_mapping(config.vae_config))
+def load_autoencoder(config: AutoencoderConfig) -> tuple[Any, int]:
+    """A new autoencoder of the configuration, the one to start from grown to it, and its known channels."""
+    vae: Any = AutoencoderKL.from_config(read_mapping(config.vae_config))
+    if not config.init_from:
+        return vae, 0
+    source: Any = AutoencoderKL.from_pretrained(config.init_from, dtype=torch.float32)
+    known = source.config.latent_channels
+    return (source if known == vae.config.latent_channels else grow_autoencoder(source, vae)), known
+
+
+def make_anchor(run: Run, config: AutoencoderConfig, vae: Any, known: int) -> tuple[Any, int] | None:
+    """A frozen copy of the autoencoder at the start, where latents shall stay those of `init_from`."""
+    if not config.anchor_weight:
+        return None
+    frozen = copy.deepcopy(vae).to(run.device, memory_format=torch.channels_last)
+    return frozen.eval().requires_grad_(False), known
 
 
 def train_autoencoder(run: Run, config: AutoencoderConfig) -> Path:
@@ -214,7 +263,8 @@ def train_autoencoder(run: Run, config: AutoencoderConfig) -> Path:
     """
     records = split_records(config, "train", ("all",))
     sprites = sprites_for(run, records)
-    vae = load_autoencoder(config)
+    vae, known = load_autoencoder(config)
+    anchor = make_anchor(run, config, vae, known)
     run.say(
         f"{len(records):,} pictures; encoder {parameter_count(vae.encoder):,} and decoder "
         f"{parameter_count(vae.decoder):,} parameters"
@@ -225,7 +275,7 @@ def train_autoencoder(run: Run, config: AutoencoderConfig) -> Path:
         key: value for key, value in vae.config.items() if key not in ("scaling_factor", "shift_factor")
     }
     state = prepare_state(run, module, _plain(architecture))
-    task = AutoencoderTask(run, config, sprites, state)
+    task = AutoencoderTask(run, config, sprites, state, anchor)
     try:
         fit(run, state, task)
     finally:
@@ -240,10 +290,14 @@ def train_autoencoder(run: Run, config: AutoencoderConfig) -> Path:
 
 
 def save_autoencoder(task: AutoencoderTask, target: Path) -> None:
-    """Write the averaged weights in bf16; the configuration carries shift and scale for latents ~ N(0, 1)."""
+    """Write the averaged weights in bf16; the configuration carries shift and scale for latents ~ N(0, 1).
+
+    Where the latents were held to those of an older autoencoder, shift and scale stay its own.
+    """
     centre, spread = task.statistics()
     vae = task.judge()
-    vae.register_to_config(shift_factor=centre, scaling_factor=1 / spread)
+    if not task.config.anchor_weight:
+        vae.register_to_config(shift_factor=centre, scaling_factor=1 / spread)
     part = target.with_name(f".{target.name}.part")
     vae.to(torch.bfloat16).to(memory_format=torch.contiguous_format).save_pretrained(part)
     replace_folder(part, target)

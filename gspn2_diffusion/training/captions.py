@@ -8,12 +8,25 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 import torch
 
 from gspn2_diffusion.training.emoji import object_phrase, style_phrase
+from gspn2_diffusion.training.emoji_captions import coloured_phrase, counted_phrase
+from gspn2_diffusion.training.emoji_curation import is_lettered
+from gspn2_diffusion.training.scene_colours import OBJECT_COLOURS, MainColour, shade, tint
+from gspn2_diffusion.training.scene_layouts import (
+    CORNERS,
+    COUNT_WORDS,
+    GROUPS,
+    PAIRS,
+    TRIPLES,
+    Arrangement,
+    choose,
+    place,
+)
 from gspn2_diffusion.training.scenes import Layer, SceneBatch
 
 if TYPE_CHECKING:
@@ -39,6 +52,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "beige": (238, 222, 190),
 }
 _SHADES = tuple(BACKGROUNDS)
+_OBJECT_COLOURS = tuple(OBJECT_COLOURS)
 _JITTER = 10.0  # of a background's bytes, uniform; white stays white, as captions without colour promise it
 
 _PLAIN = ("{o}",)
@@ -53,31 +67,46 @@ _BOTH = (
     "{s} {o} on {c} background",
     "{o}, {s}, {b} background",
 )
-# {p} stands left of or above {q}
-_SIDE = (
-    "{p} to the left of {q}",
-    "{q} to the right of {p}",
-    "{p} left of {q}",
-    "{q} right of {p}",
-    "{p} on the left and {q} on the right",
-    "{q} on the right and {p} on the left",
-)
-_STACK = (
-    "{p} above {q}",
-    "{q} below {p}",
-    "{p} over {q}",
-    "{q} under {p}",
-    "{p} at the top and {q} at the bottom",
-)
 
 
 @dataclass(frozen=True)
 class SceneOptions:
-    """How often scenes have two objects, and captions name style and background."""
+    """How often scenes are of each kind, and what their captions name.
+
+    What the shares of pairs, triples, groups (one thing two to four times) and corners leave over shows one
+    large thing. `colour_probability` is the share of recolourable things that get another colour, named in
+    the caption; `natural_probability` the share of the others whose own colour is named.
+    """
 
     pair_probability: float = 0.15
     style_probability: float = 0.85
     background_probability: float = 0.75
+    triple_probability: float = 0.0
+    group_probability: float = 0.0
+    corner_probability: float = 0.0
+    colour_probability: float = 0.0
+    natural_probability: float = 0.0
+    mirror_probability: float = 0.0
+    wobble: float = 0.0  # largest turn in radians; widths, heights and colours vary along with it
+
+
+@dataclass
+class _Thing:
+    sprite: int
+    x: float
+    y: float
+    size: float
+    pose: tuple[float, float, float]
+    tint: list[float] | None
+    colour: str | None = None  # that the caption names and the data does not have
+
+
+@dataclass
+class _Scene:
+    colour: tuple[float, float, float]
+    things: list[_Thing]
+    caption: str
+    large: bool
 
 
 class SceneWriter:
@@ -87,84 +116,175 @@ class SceneWriter:
         records: row i belongs to sprite i.
         options: frequencies.
         splits: the only splits that may occur.
+        colours: main colour of each sprite; without them nothing is recoloured.
+        aspect: width over height of the pictures.
 
     Raises:
-        ValueError: no records, or one of another split.
+        ValueError: no records, one of another split, or `colours` of another length.
     """
 
     def __init__(
-        self, records: Sequence[EmojiRecord], options: SceneOptions, splits: Sequence[str] = ("train",)
+        self,
+        records: Sequence[EmojiRecord],
+        options: SceneOptions,
+        splits: Sequence[str] = ("train",),
+        colours: Sequence[MainColour] | None = None,
+        aspect: float = 1.0,
     ) -> None:
         check_split(records, splits)
+        if colours is not None and len(colours) != len(records):
+            raise ValueError(f"`colours` has {len(colours)} entries for {len(records)} records")
         self.records = records
         self.options = options
+        self.aspect = aspect
+        self._colours = colours
         self._by_style: dict[str, list[int]] = {}
         for index, record in enumerate(records):
             self._by_style.setdefault(record.style, []).append(index)
+        self._mirrored = [not is_lettered(record) for record in records]
+        options_ = self.options
+        self._kinds = (self._pair, self._triple, self._group, self._corner, self._single)
+        shares = (
+            options_.pair_probability,
+            options_.triple_probability,
+            options_.group_probability,
+            options_.corner_probability,
+        )
+        self._shares = (*shares, max(0.0, 1.0 - sum(shares)))
 
     def write(self, count: int, seed: Sequence[int]) -> SceneBatch:
-        """`count` scenes decided by `seed`; the first ones, a fixed number, have two objects."""
+        """`count` scenes decided by `seed`; those with most things come first."""
         rng = random.Random(repr(tuple(seed)))
-        pairs = round(count * self.options.pair_probability)
-        paired = [self._pair(rng) for _ in range(pairs)]
-        single = [self._single(rng) for _ in range(count - pairs)]
-        scenes = [*paired, *single]
-        background = torch.tensor([scene.colour for scene in scenes]).view(-1, 3, 1, 1)
+        scenes = [write(rng) for write in rng.choices(self._kinds, self._shares, k=count)]
+        scenes.sort(key=lambda scene: -1 if scene.large else -len(scene.things) - 1)
+        small = sum(not scene.large for scene in scenes)
         layers = []
-        if paired:
-            layers += [_layer(0, [s.objects[i] for s in paired], 0.46) for i in (0, 1)]
-        if single:
-            layers.append(_layer(pairs, [s.objects[0] for s in single], 0.84))
+        for number in range(max((len(scene.things) for scene in scenes[:small]), default=0)):
+            things = [scene.things[number] for scene in scenes[:small] if len(scene.things) > number]
+            layers.append(_layer(0, things, 0.42))
+        if small < count:
+            layers.append(_layer(small, [scene.things[0] for scene in scenes[small:]], 0.84))
+        background = torch.tensor([scene.colour for scene in scenes]).view(-1, 3, 1, 1)
         return SceneBatch(background, layers, [scene.caption for scene in scenes])
 
     def _single(self, rng: random.Random) -> _Scene:
         index = rng.randrange(len(self.records))
-        record = self.records[index]
         size = rng.uniform(0.72, 0.96)
         room = min(0.14, 1.0 - size + 0.04)
-        spot = (rng.uniform(-room, room), rng.uniform(-room, room), size)
-        return self._finished(rng, object_phrase(record, rng), record.style, [(index, *spot)])
+        cell = (rng.uniform(-room, room), rng.uniform(-room, room), size)
+        phrase, thing = self._thing(rng, index, cell)
+        return self._finished(rng, phrase, [index], [thing], large=True)
+
+    def _corner(self, rng: random.Random) -> _Scene:
+        return self._arranged(rng, choose(rng, CORNERS), [rng.randrange(len(self.records))])
 
     def _pair(self, rng: random.Random) -> _Scene:
-        first = rng.randrange(len(self.records))
-        style = self.records[first].style
-        second = self._partner(rng, first)
-        size = [rng.uniform(0.42, 0.5) for _ in range(2)]
-        near, across = rng.uniform(0.46, 0.52), [rng.uniform(-0.25, 0.25) for _ in range(2)]
-        side = rng.random() < 0.6
-        spots = [(-near, across[0]), (near, across[1])]
-        if not side:
-            spots = [(y, x) for x, y in spots]
-        words = [object_phrase(self.records[i], rng) for i in (first, second)]
-        phrase = rng.choice(_SIDE if side else _STACK).format(p=words[0], q=words[1])
-        objects = [(i, *spot, s) for i, spot, s in zip((first, second), spots, size, strict=True)]
-        return self._finished(rng, phrase, style, objects)
+        return self._arranged(rng, choose(rng, PAIRS), self._company(rng, 2))
 
-    def _partner(self, rng: random.Random, first: int) -> int:
-        """Another concept of the same style, when there is one."""
-        record = self.records[first]
-        choices = self._by_style[record.style]
-        for _ in range(8):
-            second = rng.choice(choices)
-            if self.records[second].concept != record.concept:
+    def _triple(self, rng: random.Random) -> _Scene:
+        return self._arranged(rng, choose(rng, TRIPLES), self._company(rng, 3))
+
+    def _group(self, rng: random.Random) -> _Scene:
+        """The same picture several times, for counting."""
+        number = rng.choices((2, 3, 4), (0.4, 0.35, 0.25))[0]
+        for _ in range(16):
+            index = rng.randrange(len(self.records))
+            colour = self._wanted_colour(rng, index)
+            phrase = counted_phrase(self.records[index], COUNT_WORDS[number], colour)
+            if phrase is not None:
                 break
-        return second
+        else:
+            return self._single(rng)
+        arrangement = choose(rng, GROUPS[number])
+        numbers = tint(self._main(index), colour) if colour else None
+        pose = self._pose(rng, index)
+        things = [
+            _Thing(index, *place(rng, cell, self.aspect, (0.86, 0.94)), pose, numbers, colour)
+            for cell in arrangement.cells
+        ]
+        words = rng.choice(arrangement.phrases).format(phrase)
+        return self._finished(rng, words, [index], things, large=False)
 
-    def _finished(self, rng: random.Random, phrase: str, style: str, objects: list[Any]) -> _Scene:
-        shade = rng.choice(_SHADES) if rng.random() < self.options.background_probability else None
+    def _company(self, rng: random.Random, count: int) -> list[int]:
+        """Pictures of one style and, when there are such, of different concepts."""
+        chosen = [rng.randrange(len(self.records))]
+        choices = self._by_style[self.records[chosen[0]].style]
+        while len(chosen) < count:
+            known = {self.records[index].concept for index in chosen}
+            for _ in range(8):
+                other = rng.choice(choices)
+                if self.records[other].concept not in known:
+                    break
+            chosen.append(other)
+        return chosen
+
+    def _arranged(self, rng: random.Random, arrangement: Arrangement, chosen: list[int]) -> _Scene:
+        spots = [place(rng, cell, self.aspect) for cell in arrangement.cells]
+        made = [self._thing(rng, index, spot) for index, spot in zip(chosen, spots, strict=True)]
+        phrase = rng.choice(arrangement.phrases).format(*(words for words, _ in made))
+        return self._finished(rng, phrase, chosen, [thing for _, thing in made], large=False)
+
+    def _thing(self, rng: random.Random, index: int, spot: tuple[float, float, float]) -> tuple[str, _Thing]:
+        """Words for a picture and the thing itself, recoloured or not."""
+        record, colour = self.records[index], self._wanted_colour(rng, index)
+        pose = self._pose(rng, index)
+        if colour is not None:
+            numbers = tint(self._main(index), colour)
+            return coloured_phrase(record, colour), _Thing(index, *spot, pose, numbers, colour)
+        natural = self._main(index).name if self._colours is not None else None
+        if natural is not None and rng.random() < self.options.natural_probability:
+            words = coloured_phrase(record, natural)
+        else:
+            words = object_phrase(record, rng)
+        return words, _Thing(index, *spot, pose, self._shaded(rng))
+
+    def _main(self, index: int) -> MainColour:
+        return self._colours[index] if self._colours is not None else MainColour(0, 0, 0, 0, 0)
+
+    def _wanted_colour(self, rng: random.Random, index: int) -> str | None:
+        if rng.random() >= self.options.colour_probability or self._main(index).kind == 0:
+            return None
+        return rng.choice(_OBJECT_COLOURS)
+
+    def _pose(self, rng: random.Random, index: int) -> tuple[float, float, float]:
+        wobble = self.options.wobble
+        mirrored = self._mirrored[index] and rng.random() < self.options.mirror_probability
+        wide, high = (1 + rng.uniform(-0.4, 0.4) * wobble for _ in range(2))
+        return rng.uniform(-wobble, wobble), -wide if mirrored else wide, high
+
+    def _shaded(self, rng: random.Random) -> list[float] | None:
+        """A small change of all colours for half of the things."""
+        wobble = self.options.wobble
+        if not wobble or rng.random() < 0.5:
+            return None
+        return shade(
+            rng.uniform(-0.1, 0.1) * wobble, 1 + rng.uniform(-1, 1) * wobble, 1 - rng.random() * wobble / 2
+        )
+
+    def _finished(
+        self,
+        rng: random.Random,
+        phrase: str,
+        chosen: list[int],
+        things: list[_Thing],
+        *,
+        large: bool,
+    ) -> _Scene:
+        """The scene on its background, with the whole caption."""
+        named_back = rng.random() < self.options.background_probability
+        taken = {thing.colour for thing in things} - {None}
+        ground = rng.choice(_free_shades(taken)) if named_back else None
         named = rng.random() < self.options.style_probability
-        forms = (_BOTH if shade else _STYLE) if named else (_BACK if shade else _PLAIN)
-        article = "an" if shade == "orange" else "a"
-        form = rng.choice(forms)
-        caption = form.format(o=phrase, s=style_phrase(style), b=shade, c=f"{article} {shade}")
-        return _Scene(_coloured(rng, shade or "white"), objects, caption)
+        forms = (_BOTH if ground else _STYLE) if named else (_BACK if ground else _PLAIN)
+        article = "an" if ground == "orange" else "a"
+        style = style_phrase(self.records[chosen[0]].style)
+        caption = rng.choice(forms).format(o=phrase, s=style, b=ground, c=f"{article} {ground}")
+        return _Scene(_coloured(rng, ground or "white"), things, caption, large)
 
 
-@dataclass
-class _Scene:
-    colour: tuple[float, float, float]
-    objects: list[tuple[int, float, float, float]]
-    caption: str
+def _free_shades(taken: set[str | None]) -> Sequence[str]:
+    """Backgrounds on which things of the taken colours show."""
+    return [shade for shade in _SHADES if shade.split()[-1] not in taken] if taken else _SHADES
 
 
 def _coloured(rng: random.Random, shade: str) -> tuple[float, float, float]:
@@ -176,11 +296,20 @@ def _coloured(rng: random.Random, shade: str) -> tuple[float, float, float]:
     return (values[0], values[1], values[2])
 
 
-def _layer(first: int, objects: list[tuple[int, float, float, float]], typical: float) -> Layer:
-    table = np.array(objects, dtype=np.float32)
-    sprite = torch.tensor([item[0] for item in objects])
+def _layer(first: int, things: list[_Thing], typical: float) -> Layer:
+    table = np.array([(t.x, t.y, t.size, *t.pose) for t in things], dtype=np.float32)
+    tinted = [row for row, thing in enumerate(things) if thing.tint is not None]
+    tints = [thing.tint for thing in things if thing.tint is not None]
+    posed = bool((table[:, 3:] != (0.0, 1.0, 1.0)).any())
     return Layer(
-        first, sprite, torch.from_numpy(table[:, 1:3].copy()), torch.from_numpy(table[:, 3].copy()), typical
+        first,
+        torch.tensor([thing.sprite for thing in things]),
+        torch.from_numpy(table[:, :2].copy()),
+        torch.from_numpy(table[:, 2].copy()),
+        typical,
+        pose=torch.from_numpy(table[:, 3:].copy()) if posed else None,
+        tinted=torch.tensor(tinted) if tinted else None,
+        tints=torch.tensor(tints, dtype=torch.float32) if tinted else None,
     )
 
 
@@ -195,45 +324,6 @@ def check_split(records: Sequence[EmojiRecord], splits: Sequence[str]) -> None:
     for record in records:
         if record.split not in splits:
             raise ValueError(f"record {record.id} is of split {record.split!r}; allowed: {', '.join(splits)}")
-
-
-def clutter(count: int, sprites: int, objects: int, seed: Sequence[int], single: float = 0.5) -> SceneBatch:
-    """Varied scenes without words, for the autoencoder.
-
-    Half the backgrounds are one colour, the others smooth blends; objects of all sizes anywhere, also cut
-    off by the border; a share `single` of the scenes shows one large object in the middle.
-
-    Args:
-        count: scenes.
-        sprites: rows of the sprite table.
-        objects: layers of objects in the scenes that are not single.
-        seed: decides everything.
-    """
-    rng = np.random.default_rng(list(seed))
-    named = np.array(list(BACKGROUNDS.values()), dtype=np.float32) / 255
-    background = rng.random((count, 3, 3, 3), dtype=np.float32)
-    flat = rng.random(count) < 0.5
-    colours = named[rng.integers(len(named), size=count)] + rng.uniform(-0.04, 0.04, (count, 3))
-    background[flat] = np.clip(colours, 0, 1)[flat][:, :, None, None]
-    lone = round(count * single)
-    layers = [_scatter(rng, 0, lone, sprites, (0.7, 1.0), 0.15)] if lone else []
-    for large in (
-        (True, False, False)[: max(1, objects)] if objects <= 3 else (True, *(False,) * (objects - 1))
-    ):
-        if lone < count:
-            sizes = (0.6, 1.6) if large else (0.25, 0.6)
-            layers.append(_scatter(rng, lone, count - lone, sprites, sizes, 0.9))
-    return SceneBatch(torch.from_numpy(background), layers, [""] * count)
-
-
-def _scatter(
-    rng: np.random.Generator, first: int, count: int, sprites: int, sizes: tuple[float, float], spread: float
-) -> Layer:
-    size = rng.uniform(*sizes, size=count).astype(np.float32)
-    centre = rng.uniform(-spread, spread, size=(count, 2)).astype(np.float32)
-    index = torch.from_numpy(rng.integers(sprites, size=count))
-    typical = float(np.sqrt(sizes[0] * sizes[1]))
-    return Layer(first, index, torch.from_numpy(centre), torch.from_numpy(size), typical)
 
 
 Made = TypeVar("Made")

@@ -28,7 +28,7 @@ class RunConfig:
     """What every training script shares."""
 
     output_dir: str = option("", "folder of the run: checkpoints, sheets, metrics, final weights")
-    data: str = option("data/emoji", "prepared emoji folder or its .tar.xz archive")
+    data: str = option("data/emoji", "emoji folder or archive; or a folder, file, pattern or Hub name")
     sprite_cache: str | None = option(None, "folder for the drawn sprites, shared by all processes of a host")
     sprite_size: int = option(256, "side of the drawn sprites in pixels")
     data_fraction: float = option(1.0, "share of the training records that is used (for quick tries)")
@@ -94,6 +94,7 @@ class RunConfig:
             raise ConfigError(f"`resolution` is {self.resolution}; allowed: multiples of 8")
 
 
+DATA_FORMATS = ("auto", "emoji", "folder", "parquet", "webdataset", "hub")
 _TRIGGERS = (
     "max_train_steps",
     "max_train_minutes",
@@ -117,15 +118,29 @@ class AutoencoderConfig(RunConfig):
 
     batch_size: int = option(64, "scenes per process")
     vae_config: str = option("configs/gspn2-emoji-vae.json", "AutoencoderKL configuration")
-    init_from: str | None = option(None, "AutoencoderKL folder to start from (weights only)")
+    init_from: str | None = option(None, "AutoencoderKL folder to start from, grown to fit")
     objects: int = option(3, "most objects in a scene")
     l1_weight: float = option(1.0, "mean absolute error")
     l2_weight: float = option(2.0, "mean squared error")
     edge_weight: float = option(1.0, "absolute error of the picture gradients at several scales")
     ssim_weight: float = option(0.1, "one minus structural similarity")
     kl_weight: float = option(1e-6, "Kullback-Leibler term, per latent value")
+    psnr_weight: float = option(0.0, "logarithm of each picture's squared error")
+    anchor_weight: float = option(0.0, "keeps the latents of `init_from`, and new channels at unit size")
     validation_scenes: int = option(128, "held-out scenes of unseen concepts")
     statistics_scenes: int = option(1024, "scenes that decide shift_factor and scaling_factor")
+
+    def validate(self) -> None:
+        """Raise `ConfigError` for the first setting that cannot work."""
+        super().validate()
+        if self.anchor_weight and not self.init_from:
+            raise ConfigError("`anchor_weight` keeps the latents of `init_from`, which is not given")
+
+
+_SHARES = (
+    *(f"{kind}_probability" for kind in ("pair", "triple", "group", "corner", "style", "background")),
+    *(f"{kind}_probability" for kind in ("colour", "natural", "mirror")),
+)
 
 
 @dataclass
@@ -137,14 +152,32 @@ class DenoiserConfig(RunConfig):
     text_encoder: str | None = option(None, "BertModel folder")
     tokenizer: str | None = option(None, "tokenizer folder")
     transformer_config: str = option("configs/gspn2-emoji-transformer.json", "denoiser configuration")
-    init_from: str | None = option(None, "transformer folder to start from (weights only)")
+    init_from: str | None = option(None, "transformer folder to start from (weights only), grown to fit")
     groups: list[str] | None = option(None, "emoji groups; unset: the default groups, `all`: every group")  # noqa: RUF009
     styles: list[str] | None = option(None, "emoji styles; unset: every style")  # noqa: RUF009
     pair_probability: float = option(0.15, "share of scenes with two objects")
     style_probability: float = option(0.85, "share of captions that name the style")
     background_probability: float = option(0.75, "share of captions that name the background")
+    triple_probability: float = option(0.0, "share of scenes with three objects")
+    group_probability: float = option(0.0, "share of scenes with one thing two to four times")
+    corner_probability: float = option(0.0, "share of scenes with one small object in a named place")
+    colour_probability: float = option(0.0, "share of things recoloured, with the colour in the caption")
+    natural_probability: float = option(0.0, "share of other things whose own colour is named")
+    mirror_probability: float = option(0.0, "share of things mirrored (never those with letters)")
+    wobble: float = option(0.0, "largest random turn in radians; sizes and colours vary along")
+    curated: bool = option(False, "leave out near-equal drawings that nobody asks for by name")
+    keep_best: str | None = option(None, "measure (such as val_unseen_pair) whose best weights are kept too")
     max_text_tokens: int = option(32, "captions are padded and cut to this length")
     caption_dropout: float = option(0.1, "share of captions replaced by the empty one")
+    data_format: str = option("auto", "auto, emoji, folder, parquet, webdataset or hub")
+    data_split: str = option("train", "split of a Hub data set")
+    image_column: str | None = option(None, "column of the pictures; unset: image, jpg, png, ...")
+    caption_column: str | None = option(None, "column of the captions; unset: text, caption, prompt, ...")
+    caption: str | None = option(None, "caption of every picture that has none")
+    cache_dir: str | None = option(None, "folder for encoded pictures and captions; unset: in output_dir")
+    max_aspect_ratio: float = option(2.0, "longest side over shortest of the aspect-ratio buckets")
+    min_picture_side: int = option(1, "smaller pictures, in pixels, are skipped and listed")
+    validation_pictures: int = option(64, "pictures held out, a tenth of all at most")
     bank_size: int = option(32768, "latents kept on each GPU for replay")
     refresh: int | None = option(None, "new scenes per step; unset: a quarter of the pictures of a step")
     prefetch: int = option(16, "caption batches made ahead of time")
@@ -152,6 +185,9 @@ class DenoiserConfig(RunConfig):
     logit_mean: float = option(0.0, "of the logit-normal timesteps")
     logit_std: float = option(1.0, "of the logit-normal timesteps")
     train_shift: float = option(1.0, "timestep shift in training")
+    shift_base_resolution: int | None = option(None, "pixels; larger pictures get more shift (SD3)")
+    prediction: str = option("flow", "flow, or for converted older models epsilon or v_prediction")
+    min_snr_gamma: float | None = option(5.0, "of the min-SNR weights of epsilon and v_prediction")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
     validation_scenes: int = option(512, "scenes per validation set")
     sheet_prompts: str | None = option("configs/sheet-prompts.json", "prompts of the picture sheets")
@@ -164,19 +200,40 @@ class DenoiserConfig(RunConfig):
         """Raise `ConfigError` for the first setting that cannot work."""
         super().validate()
         _among("weighting", self.weighting, ("logit_normal", "mode", "none"))
-        for name in ("pair_probability", "style_probability", "background_probability", "caption_dropout"):
+        _among("prediction", self.prediction, ("flow", "epsilon", "v_prediction"))
+        _among("data_format", self.data_format, DATA_FORMATS)
+        if self.max_aspect_ratio < 1.0:
+            raise ConfigError(f"`max_aspect_ratio` is {self.max_aspect_ratio}; allowed: 1 or more")
+        for name in (*_SHARES, "caption_dropout"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"`{name}` is {getattr(self, name)}; allowed: 0 to 1")
+        kinds = sum(getattr(self, f"{kind}_probability") for kind in ("pair", "triple", "group", "corner"))
+        if kinds > 1.0 + 1e-9:
+            raise ConfigError(f"shares of pairs, triples, groups and corners: {kinds} in all; at most 1")
         if self.pretrained is None and None in (self.vae, self.text_encoder, self.tokenizer):
             raise ConfigError("give `pretrained`, or `vae`, `text_encoder` and `tokenizer`")
 
     def component(self, name: str) -> Path:
         """Folder of "vae", "text_encoder" or "tokenizer"."""
         own = getattr(self, name)
-        folder = Path(own) if own else Path(str(self.pretrained)) / name
+        folder = Path(own) if own else model_folder(str(self.pretrained)) / name
         if not folder.is_dir():
             raise ConfigError(f"`{name}`: there is no folder {folder}")
         return folder
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a pipeline: a path, or the name of an embedded model.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    from gspn2_diffusion.pipelines.model_folders import resolve_model
+
+    try:
+        return Path(resolve_model(name))
+    except FileNotFoundError as error:
+        raise ConfigError(str(error)) from error
 
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -200,7 +257,8 @@ def parse_config(kind: type[Config], argv: Sequence[str] | None = None) -> Confi
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
         raise ConfigError(_unknown(unknown[0].lstrip("-").split("=")[0], names))
-    config = kind(**{name: getattr(parsed, name) for name in names})
+    hints = typing.get_type_hints(kind)
+    config = kind(**{name: _unset(getattr(parsed, name), hints[name]) for name in names})
     config.validate()
     return config
 
@@ -251,6 +309,12 @@ def _fitted(path: str, name: str, value: Any, hint: Any) -> Any:
         if isinstance(value, origin) and (kind is bool or not isinstance(value, bool)):
             return value
     raise ConfigError(f"{path}: `{name}` is {value!r}; allowed: {hint}")
+
+
+def _unset(value: Any, hint: Any) -> Any:
+    """None for an option given as none or null, where a setting can be left unset."""
+    optional = type(None) in typing.get_args(hint)
+    return None if optional and isinstance(value, str) and value.lower() in ("none", "null") else value
 
 
 def _unknown(name: str, names: list[str]) -> str:

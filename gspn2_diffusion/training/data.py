@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from gspn2_diffusion.training.captions import check_split
 from gspn2_diffusion.training.config import RunConfig
 from gspn2_diffusion.training.emoji import DEFAULT_GROUPS, EmojiRecord, load_records, load_sprites, select
+from gspn2_diffusion.training.emoji_curation import curated
 from gspn2_diffusion.training.runtime import Run
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ def split_records(
     """
     wanted = None if groups is not None and list(groups) == ["all"] else groups or DEFAULT_GROUPS
     records = select(load_records(config.data), split=split, groups=wanted, styles=styles)
+    if getattr(config, "curated", False):
+        records = curated(records)
     if config.data_fraction < 1.0:
         count = max(2, round(len(records) * config.data_fraction))
         records = random.Random(0).sample(records, min(count, len(records)))

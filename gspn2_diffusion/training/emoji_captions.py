@@ -90,6 +90,19 @@ def object_phrase(record: EmojiRecord, rng: random.Random) -> str:
     return with_article(words) if rng.random() < ARTICLE_SHARE else words
 
 
+def coloured_phrase(record: EmojiRecord, colour: str) -> str:
+    """The thing in a colour that it need not have in the data: "a blue apple" for the red one."""
+    return with_article(f"{colour} {without_colour(record.name)}")
+
+
+def counted_phrase(record: EmojiRecord, number: str, colour: str | None = None) -> str | None:
+    """Several of the thing ("two apples", "three blue apples"), None where its name is not counted."""
+    words = plural(without_colour(record.name) if colour else record.name)
+    if words is None:
+        return None
+    return f"{number} {colour} {words}" if colour else f"{number} {words}"
+
+
 def _is_mood(words: str) -> bool:
     """Whether a smiley's alias says how it looks ("grinning", "heart eyes") instead of what it is."""
     return not any(word in _THINGS for word in words.split())
@@ -104,3 +117,69 @@ def style_phrase(style: str) -> str:
     if style not in STYLE_WORDS:
         raise ValueError(f"`style` is {style!r}; allowed: {', '.join(STYLE_WORDS)}")
     return STYLE_WORDS[style]
+
+
+_COLOUR_WORDS = frozenset(
+    "red orange yellow green blue purple brown black white grey gray pink golden silver".split()  # noqa: SIM905
+)
+_KEPT_COLOURS = frozenset(("black hole", "white cane", "green salad", "orange juice", "brown sugar"))
+_IRREGULAR = {
+    "mouse": "mice",
+    "tooth": "teeth",
+    "foot": "feet",
+    "goose": "geese",
+    "leaf": "leaves",
+    "knife": "knives",
+    "wolf": "wolves",
+    "loaf": "loaves",
+    "scarf": "scarves",
+    "cactus": "cacti",
+    "fish": "fish",
+    "sheep": "sheep",
+    "deer": "deer",
+    "squid": "squid",
+    "shrimp": "shrimp",
+    "blowfish": "blowfish",
+    "bison": "bison",
+    "person": "people",
+    "potato": "potatoes",
+    "tomato": "tomatoes",
+    "volcano": "volcanoes",
+    "mango": "mangoes",
+    "mosquito": "mosquitoes",
+}
+_PREPOSITION = re.compile(
+    r" (?:of|with|without|in|on|at|over|from|behind|under|for|showing|to|and|holding|by|blowing|exhaling"
+    r"|savoring|screaming|vomiting|rolling)\b"
+)
+
+
+def without_colour(words: str) -> str:
+    """The phrase without its colour word, so that another one can stand there: "red apple" -> "apple"."""
+    if words in _KEPT_COLOURS:
+        return words
+    kept = [word for word in words.split() if word not in _COLOUR_WORDS]
+    return " ".join(kept) or words
+
+
+def plural(words: str) -> str | None:
+    """Plural of a phrase ("cup of coffee" -> "cups of coffee"), None for what is not counted.
+
+    Plurals, stuff ("rice") and names of single things are not counted.
+    """
+    if article(words) not in ("a", "an"):
+        return None
+    found = _PREPOSITION.search(words)
+    head, rest = (words[: found.start()], words[found.start() :]) if found else (words, "")
+    before, _, last = head.rpartition(" ")
+    return f"{before} {_plural_word(last)}".strip() + rest
+
+
+def _plural_word(word: str) -> str:
+    if word in _IRREGULAR:
+        return _IRREGULAR[word]
+    if word.endswith(("s", "x", "z", "ch", "sh")):
+        return f"{word}es"
+    if word.endswith("y") and word[-2:-1] not in "aeiou":
+        return f"{word[:-1]}ies"
+    return f"{word}s"

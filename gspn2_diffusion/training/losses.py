@@ -45,6 +45,17 @@ def ssim_loss(found: Tensor, wanted: Tensor, window: int = 7) -> Tensor:
     return 1 - (light * shape).mean()
 
 
+def log_error_loss(found: Tensor, wanted: Tensor, floor: float = 1e-5) -> Tensor:
+    """Mean over pictures of the logarithm of the squared error: the PSNR itself, up to sign and scale."""
+    return (found - wanted).pow(2).mean(dim=(1, 2, 3)).add(floor).log().mean()
+
+
+def moment_loss(latents: Tensor) -> Tensor:
+    """How far the channels of (B, C, H, W) are from mean 0 and standard deviation 1."""
+    spread, centre = torch.std_mean(latents, dim=(0, 2, 3))
+    return (centre.pow(2) + (spread - 1).pow(2)).mean()
+
+
 def kl_loss(mean: Tensor, logvar: Tensor) -> Tensor:
     """Kullback-Leibler divergence from the unit Gaussian, mean over all latent values."""
     return 0.5 * (mean * mean + logvar.exp() - 1 - logvar).mean()

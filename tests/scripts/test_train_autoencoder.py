@@ -48,7 +48,7 @@ def test_training_improves_and_saves_latent_statistics(root):
 
 
 def test_statistics_normalise_latents(root):
-    from gspn2_diffusion.training.captions import clutter
+    from gspn2_diffusion.training.scene_clutter import clutter
     from gspn2_diffusion.training.config import AutoencoderConfig
     from gspn2_diffusion.training.data import split_records
     from gspn2_diffusion.training.emoji import load_sprites
@@ -67,6 +67,6 @@ def test_statistics_normalise_latents(root):
 def test_embedded_configuration_is_small():
     vae = AutoencoderKL.from_config(read_mapping(ROOT / "configs" / "gspn2-emoji-vae.json"))
     assert sum(param.numel() for param in vae.parameters()) <= 2_900_000
-    assert vae.config.latent_channels == 4
+    assert vae.config.latent_channels == 8
     with torch.no_grad():
-        assert vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mode().shape == (1, 4, 8, 8)
+        assert vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mode().shape == (1, 8, 8, 8)
