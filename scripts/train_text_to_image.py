@@ -1,7 +1,8 @@
-"""Train the text-to-image denoiser on composed emoji scenes by flow matching.
+"""Train the text-to-image denoiser, from scratch or continued, on emoji scenes or on your own pictures.
 
     accelerate launch --num_processes 2 scripts/train_text_to_image.py \
         --config configs/text-to-image.yaml --output_dir runs/denoiser --max_train_minutes 9
+    accelerate launch scripts/train_text_to_image.py --config configs/pictures.yaml --data my/pictures
 
 Ends with ``runs/denoiser/pipeline``, a folder for ``GSPN2Pipeline.from_pretrained``. ``--resume_from latest``
 continues an interrupted run. Every setting of ``--help`` can stand in the YAML file.
@@ -22,14 +23,14 @@ def main(argv: list[str] | None = None) -> None:
         config = parse_config(DenoiserConfig, argv)
         for name in ("vae", "text_encoder", "tokenizer"):
             config.component(name)
-    except ConfigError as error:
+
+        from gspn2_diffusion.training.denoiser import train_denoiser
+        from gspn2_diffusion.training.runtime import end_run, start_run
+
+        run = start_run(config, STARTED if argv is None else time.monotonic())
+        train_denoiser(run, config)
+    except ConfigError as error:  # wrong settings or no usable data: one line, no traceback
         raise SystemExit(f"train_text_to_image: {error}") from None
-
-    from gspn2_diffusion.training.denoiser import train_denoiser
-    from gspn2_diffusion.training.runtime import end_run, start_run
-
-    run = start_run(config, STARTED if argv is None else time.monotonic())
-    train_denoiser(run, config)
     end_run(run)
 
 

@@ -215,7 +215,7 @@ class DenoiserConfig(RunConfig):
 
     def component(self, name: str) -> Path:
         """Folder of "vae", "text_encoder" or "tokenizer"."""
-        own = getattr(self, name)
+        own = getattr(self, name, None)
         folder = Path(own) if own else model_folder(str(self.pretrained)) / name
         if not folder.is_dir():
             raise ConfigError(f"`{name}`: there is no folder {folder}")

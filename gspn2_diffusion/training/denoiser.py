@@ -1,9 +1,8 @@
-"""Training of the text-to-image denoiser by flow matching on composed scenes."""
+"""Training of the text-to-image denoiser on latents and text states of any source."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,92 +11,89 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from gspn2_diffusion.training.assembly import write_pipeline
-from gspn2_diffusion.training.captions import SceneOptions, SceneWriter
+from gspn2_diffusion.training.checkpoint import replace_folder
 from gspn2_diffusion.training.config import DenoiserConfig, read_mapping
-from gspn2_diffusion.training.data import split_records, sprites_for
-from gspn2_diffusion.training.latents import LatentBatch, LatentFeed, SceneEncoder
+from gspn2_diffusion.training.frozen import FrozenModels, load_text_encoder, load_vae
+from gspn2_diffusion.training.growth import grow_denoiser
+from gspn2_diffusion.training.latents import LatentBatch, SceneEncoder
 from gspn2_diffusion.training.loop import TrainState, fit, prepare_state
-from gspn2_diffusion.training.losses import draw_sigmas, flow_matching_errors
+from gspn2_diffusion.training.model_card import write_card
+from gspn2_diffusion.training.objective import make_objective
+from gspn2_diffusion.training.picture_sources import find_format
 from gspn2_diffusion.training.runtime import Run, parameter_count
-from gspn2_diffusion.training.sheets import contact_sheet, draw_prompts, read_prompts, save_picture
+from gspn2_diffusion.training.sheets import (
+    SheetPrompt,
+    contact_sheet,
+    draw_prompts,
+    read_prompts,
+    save_picture,
+)
+from gspn2_diffusion.training.sources import FixedSet, LatentSource, PictureSource, SceneSource
 from gspn2_diffusion.training.text import TextStates
 
 TERMINATED = 143  # what a shell reports for a process that SIGTERM ended
 
-_SCENE_STREAM, _STEP_STREAM, _VALIDATION_STREAM = 21, 22, 23
-
-
-@dataclass
-class FixedSet:
-    """Validation scenes with their fixed noise and levels."""
-
-    name: str
-    batches: list[tuple[LatentBatch, Tensor, Tensor]]
+_STEP_STREAM = 22
+Encoder = SceneEncoder | FrozenModels
 
 
 class DenoiserTask:
-    """Losses and measures of denoiser training; see `gspn2_diffusion.training.loop.Task`."""
+    """Losses and measures of denoiser training; see `gspn2_diffusion.training.loop.Task`.
 
-    def __init__(self, run: Run, config: DenoiserConfig, encoder: SceneEncoder, state: TrainState) -> None:
+    Args:
+        run: the run.
+        config: settings.
+        encoder: the frozen models.
+        state: what is trained.
+        source: where batches come from; None opens the one that the settings name.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        config: DenoiserConfig,
+        encoder: Encoder,
+        state: TrainState,
+        source: LatentSource | None = None,
+    ) -> None:
         self.run, self.config, self.state, self.encoder = run, config, state, encoder
-        self._options = SceneOptions(
-            config.pair_probability, config.style_probability, config.background_probability
-        )
-        per_step = config.batch_size * config.gradient_accumulation_steps
-        self._refresh = config.refresh or max(1, per_step // 4)
         self._empty = encoder.empty(run.device)
-        self._pooled = state.module.config.pooled_projection_dim is not None
+        self._pooled = pooled_size(state.module) is not None
         self._judge: Any = None
-        self._sets: list[FixedSet] = []
+        self._best = float("inf")
         self.pipeline: Any = None
-        records = split_records(config, "train", config.groups, config.styles)
-        self._writer = SceneWriter(records, self._options)
-        sprites = sprites_for(run, records)
-        run.say(f"{len(records):,} training pictures, {self._refresh} new scenes a step")
-        if run.is_main:
-            self._sets = [self._fixed("train", self._writer, sprites), *self._unseen_sets()]
-        self._feed = LatentFeed(
-            encoder,
-            self._writer,
-            sprites,
-            seed=(config.seed, run.rank, _SCENE_STREAM),
-            step=state.step,
-            capacity=max(config.bank_size, 2 * self._refresh),
-            refresh=self._refresh,
-            initial=min(config.bank_size, 4 * config.batch_size),
-            depth=config.prefetch,
-        )
+        self.source = source or open_source(run, config, encoder, state)
+        self._sets: list[FixedSet] = self.source.fixed_sets() if run.is_main else []
+        self.objective = make_objective(config, vae_scale(encoder))
 
     @property
     def wait_seconds(self) -> float:
-        """Time spent waiting for captions."""
-        return self._feed.wait_seconds
+        """Time spent waiting for data."""
+        return self.source.wait_seconds
 
     def close(self) -> None:
-        """End the caption thread."""
-        self._feed.close()
+        """End the threads of the source."""
+        self.source.close()
+
+    def describe_batch(self, step: int) -> str:
+        """What this process's batch of a step was made of."""
+        return self.source.describe(step)
 
     def loss(self, model: nn.Module, step: int, micro: int) -> Tensor:
-        """Flow-matching loss on a random draw of the bank."""
-        if micro == 0:
-            with torch.autocast(self.run.device.type, enabled=False):
-                self._feed.advance()
-        config = self.config
-        generator = self.run.generator(_STEP_STREAM, step * config.gradient_accumulation_steps + micro)
-        batch = self._feed.draw(config.batch_size, generator)
+        """Mean weighted error on the next batch."""
+        generator = self.run.generator(_STEP_STREAM, step * self.config.gradient_accumulation_steps + micro)
+        batch, noise, levels = self.draw(micro, generator)
+        question = self.objective.question(batch.latents, noise, levels)
+        return question.errors(question.ask(model, self.conditions(batch.text))).mean()
+
+    def draw(self, micro: int, generator: torch.Generator) -> tuple[LatentBatch, Tensor, Tensor]:
+        """The next batch, some of its captions dropped, with noise and levels."""
+        batch = self.source.draw(micro, generator)
         noise = torch.randn(batch.latents.shape, device=self.run.device, generator=generator)
-        sigmas = draw_sigmas(
-            config.batch_size,
-            weighting=config.weighting,
-            logit_mean=config.logit_mean,
-            logit_std=config.logit_std,
-            shift=config.train_shift,
-            device=self.run.device,
-            generator=generator,
-        )
-        dropped = torch.rand(config.batch_size, device=self.run.device, generator=generator)
-        text = self._without(batch.text, dropped < config.caption_dropout)
-        return flow_matching_errors(model, batch.latents, noise, sigmas, self._conditions(text)).mean()
+        levels = self.objective.draw(batch.latents, generator)
+        dropped = torch.rand(len(batch.latents), device=self.run.device, generator=generator)
+        text = self._without(batch.text, dropped < self.config.caption_dropout)
+        return LatentBatch(batch.latents, text), noise, levels
 
     def _without(self, text: TextStates, dropped: Tensor) -> TextStates:
         """The captions, some replaced by the encoded empty one."""
@@ -108,57 +104,48 @@ class DenoiserTask:
             torch.where(gone, empty.pooled.to(text.pooled.dtype), text.pooled),
         )
 
-    def _conditions(self, text: TextStates) -> dict[str, Tensor]:
+    def conditions(self, text: TextStates) -> dict[str, Any]:
+        """The model's keyword arguments."""
         found = {"encoder_hidden_states": text.hidden, "encoder_attention_mask": text.mask}
         return found | ({"pooled_projections": text.pooled} if self._pooled else {})
-
-    def _unseen_sets(self) -> list[FixedSet]:
-        config, split = self.config, "unseen_pair"
-        try:
-            records = split_records(config, split, config.groups, config.styles)
-        except ValueError as error:
-            self.run.say(f"no validation on {split}: {error}")
-            return []
-        return [
-            self._fixed(split, SceneWriter(records, self._options, (split,)), sprites_of(self.run, records))
-        ]
-
-    def _fixed(self, name: str, writer: SceneWriter, sprites: Tensor) -> FixedSet:
-        """Scenes that no training step draws, each with its noise and an evenly spread level."""
-        count = -(-self.config.validation_scenes // self._refresh)
-        total = count * self._refresh
-        generator = torch.Generator("cpu").manual_seed(_VALIDATION_STREAM)
-        levels = ((torch.arange(total) + 0.5) / total)[torch.randperm(total, generator=generator)]
-        batches = []
-        for number in range(count):
-            written = self.encoder.write(writer, self._refresh, (_VALIDATION_STREAM, number))
-            batch = self.encoder.encode(written, sprites)
-            noise = torch.randn(batch.latents.shape, generator=generator).to(self.run.device)
-            part = levels[number * self._refresh : (number + 1) * self._refresh]
-            batches.append((batch, noise, part.to(self.run.device)))
-        return FixedSet(name, batches)
 
     def judge(self) -> Any:
         """An uncompiled copy with the averaged weights, in the type that is shipped."""
         if self._judge is None:
-            made = type(self.state.module).from_config(self.state.architecture)
-            self._judge = made.to(self.run.device, self.run.half).eval().requires_grad_(False)
+            self._judge = self._make_judge().to(self.run.device, self.run.half).eval().requires_grad_(False)
         self.state.copy_average_to(self._judge)
         return self._judge
 
+    def _make_judge(self) -> Any:
+        return type(self.state.module).from_config(self.state.architecture)
+
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
-        """Flow-matching loss on the fixed sets, evenly over the noise levels."""
-        model, found = self.judge(), {}
+        """Loss on the fixed sets, evenly over the noise levels."""
+        found = self.measure(self.judge())
+        self._keep_best(found)
+        return found
+
+    def _keep_best(self, found: dict[str, float]) -> None:
+        """Write the averaged weights to ``best`` whenever the measure that the settings name has fallen."""
+        value = found.get(self.config.keep_best or "")
+        if value is None or value >= self._best:
+            return
+        self._best = value
+        part = self.run.output / ".best.part"
+        self._judge.save_pretrained(part)
+        replace_folder(part, self.run.output / "best")
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """Loss of a model on the fixed sets."""
+        found = {}
         for fixed in self._sets:
             errors = []
-            for batch, noise, sigmas in fixed.batches:
+            for batch, noise, levels in fixed.batches:
                 with self.run.autocast():
-                    errors.append(
-                        flow_matching_errors(
-                            model, batch.latents, noise, sigmas, self._conditions(batch.text)
-                        )
-                    )
+                    question = self.objective.question(batch.latents, noise, levels)
+                    errors.append(question.errors(question.ask(model, self.conditions(batch.text))))
             found[f"val_{fixed.name}"] = float(torch.cat(errors).mean())
         return found
 
@@ -180,10 +167,10 @@ class DenoiserTask:
         return self.pipeline
 
     def sample(self, step: int) -> None:
-        """A sheet of the fixed prompts."""
-        if self.config.sheet_prompts is None:
+        """A sheet of the fixed prompts, or of the first captions where there are none."""
+        prompts = self._prompts()
+        if not prompts:
             return
-        prompts = read_prompts(self.config.sheet_prompts)
         with torch.no_grad():
             pictures = draw_prompts(
                 self.build_pipeline(),
@@ -195,28 +182,64 @@ class DenoiserTask:
         sheet = contact_sheet(pictures, [item.prompt for item in prompts], columns=8)
         save_picture(sheet, self.run.output / "sheets" / f"step-{step:07d}.png")
 
+    def final_sheet(self, step: int) -> None:
+        """The last sheet; the weights are on the disk, so it may fail."""
+        try:
+            self.sample(step)
+        except Exception as error:
+            self.run.say(f"no picture sheet: {type(error).__name__}: {error}")
 
-def sprites_of(run: Run, records: Any) -> Tensor:
-    """Sprites on one process alone, without waiting for the others."""
-    from gspn2_diffusion.training.emoji import load_sprites
+    def write_pipeline(self, pipeline: Any) -> None:
+        """Write ``pipeline/`` with a model card."""
+        target = self.run.output / "pipeline"
+        write_pipeline(pipeline, target)
+        write_card(target, self.config, self.state, self.run)
+        self.run.say(f"wrote {target}")
 
-    config = run.config
-    sprites = load_sprites(records, size=config.sprite_size, cache_dir=config.sprite_cache, errors="blank")
-    return sprites.to(run.device)
+    def _prompts(self) -> list[SheetPrompt]:
+        if self.config.sheet_prompts is not None:
+            return read_prompts(self.config.sheet_prompts)
+        return [SheetPrompt(text, number) for number, text in enumerate(self.source.prompts)]
 
 
-def load_encoder(run: Run, config: DenoiserConfig) -> SceneEncoder:
-    """The frozen parts, on the device."""
+def pooled_size(model: Any) -> int | None:
+    """Channels of the pooled text that a model wants; None for a model that wants none."""
+    return model.config.get("pooled_projection_dim")
+
+
+def vae_scale(encoder: Encoder) -> int:
+    """Pixels per latent along a side."""
+    from gspn2_diffusion.pipelines.sampling import vae_scale_factor
+
+    return vae_scale_factor(encoder.vae)
+
+
+def open_source(run: Run, config: DenoiserConfig, encoder: Encoder, state: TrainState) -> LatentSource:
+    """The source of the data that the settings name, at the place where the state stands."""
+    if isinstance(encoder, SceneEncoder):
+        return SceneSource(run, config, encoder, state.step)
+    multiple = encoder.vae_scale * int(state.module.config.get("patch_size") or 1)
+    return PictureSource(run, config, encoder, multiple=multiple, pictures=state.pictures, step=state.step)
+
+
+def load_encoder(run: Run, config: DenoiserConfig) -> Encoder:
+    """The frozen parts, on the device: with scenes for emoji, plain for pictures."""
     from transformers import AutoTokenizer, BertModel
 
+    tokenizer = AutoTokenizer.from_pretrained(config.component("tokenizer"))
+    kind = find_format(config.data) if config.data_format == "auto" else config.data_format
+    if kind != "emoji":
+        vae = load_vae(config.component("vae"), run.half).to(run.device)
+        text_encoder = load_text_encoder(config.component("text_encoder"), run.half).to(run.device)
+        return FrozenModels(vae, text_encoder, tokenizer, config.max_text_tokens)
     # Stay parallel in the caption thread although sprites are drawn by forked workers (which use none).
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    vae: Any = AutoencoderKL.from_pretrained(config.component("vae"), dtype=run.half)
-    text_encoder: Any = BertModel.from_pretrained(config.component("text_encoder"), dtype=run.half)
+    kl: Any = AutoencoderKL.from_pretrained(config.component("vae"), dtype=run.half)
+    bert: Any = BertModel.from_pretrained(config.component("text_encoder"), dtype=run.half)
     return SceneEncoder(
-        vae.to(run.device, memory_format=torch.channels_last),
-        text_encoder.to(run.device),
-        AutoTokenizer.from_pretrained(config.component("tokenizer")),
+        kl.to(run.device, memory_format=torch.channels_last),
+        bert.to(run.device),
+        tokenizer,
         resolution=config.resolution,
         max_text_tokens=config.max_text_tokens,
         compiled=run.compiles,
@@ -224,15 +247,27 @@ def load_encoder(run: Run, config: DenoiserConfig) -> SceneEncoder:
 
 
 def load_denoiser(config: DenoiserConfig) -> Any:
-    """A new denoiser of the configuration, or the one to start from, in float32."""
+    """A new denoiser of the configuration, the one to start from grown to it, in float32."""
     from gspn2_diffusion.models.initialization import initialize_for_training
     from gspn2_diffusion.models.transformer_gspn2 import GSPN2Transformer2DModel
 
-    if config.init_from:
-        return GSPN2Transformer2DModel.from_pretrained(config.init_from, dtype=torch.float32)
     model = GSPN2Transformer2DModel.from_config(read_mapping(config.transformer_config))
+    if config.init_from:
+        source = GSPN2Transformer2DModel.from_pretrained(config.init_from, dtype=torch.float32)
+        return grow_denoiser(source, model)
     initialize_for_training(model)
     return model
+
+
+def plain_config(module: Any) -> dict[str, Any]:
+    """A model's configuration without what libraries note in it."""
+    return {key: value for key, value in module.config.items() if not key.startswith("_")}
+
+
+def check_terminated(state: TrainState) -> None:
+    """Leave with the exit code of SIGTERM if that is what ended the run."""
+    if state.terminated:
+        raise SystemExit(TERMINATED)
 
 
 def train_denoiser(run: Run, config: DenoiserConfig) -> Path:
@@ -246,15 +281,13 @@ def train_denoiser(run: Run, config: DenoiserConfig) -> Path:
     run.say(f"denoiser {parameter_count(module):,} parameters")
     if config.gradient_checkpointing:
         module.enable_gradient_checkpointing()
-    architecture = {key: value for key, value in module.config.items() if not key.startswith("_")}
-    state = prepare_state(run, module, architecture)
+    state = prepare_state(run, module, plain_config(module))
     task = DenoiserTask(run, config, encoder, state)
     try:
         fit(run, state, task)
     finally:
         task.close()
-    if state.terminated:
-        raise SystemExit(TERMINATED)
+    check_terminated(state)
     if run.is_main:
         _finish(task, run, state)
     run.accelerator.wait_for_everyone()
@@ -267,10 +300,6 @@ def _finish(task: DenoiserTask, run: Run, state: TrainState) -> None:
     model.save_pretrained(run.output / "transformer")
     run.say(f"wrote {run.output / 'transformer'}")
     task.judge().to(run.half)
-    try:
-        task.sample(state.step)
-    except Exception as error:
-        run.say(f"no picture sheet: {type(error).__name__}: {error}")
+    task.final_sheet(state.step)
     if task.config.save_pipeline:
-        write_pipeline(task.build_pipeline(), run.output / "pipeline")
-        run.say(f"wrote {run.output / 'pipeline'}")
+        task.write_pipeline(task.build_pipeline())

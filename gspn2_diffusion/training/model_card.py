@@ -27,6 +27,11 @@ _SHOWN = (
     "train_shift",
     "mixed_precision",
     "seed",
+    "rank",
+    "alpha",
+    "dora",
+    "class_prompt",
+    "prior_weight",
 )
 
 
@@ -39,24 +44,26 @@ def write_card(folder: Path, config: DenoiserConfig, state: TrainState, run: Run
     part.replace(folder / "README.md")
 
 
-def card_text(config: DenoiserConfig, state: TrainState, run: Run) -> str:
-    """Markdown with the front matter that the Hub reads."""
+def card_text(config: DenoiserConfig, state: TrainState, run: Run, adapter: bool = False) -> str:
+    """Markdown with the front matter that the Hub reads; of an adapter, or of a whole pipeline."""
     rows = [f"| {name} | {getattr(config, name)} |" for name in _SHOWN if hasattr(config, name)]
     about = describe_environment()
     machine = f"{run.world} process(es), GPU {about['gpu']}, torch {about['torch']}, commit {about['commit']}"
-    front = (
-        "---\nlibrary_name: diffusers\npipeline_tag: text-to-image\ntags:\n- gspn-2\n- text-to-image\n---\n"
-    )
+    tags = "- gspn-2\n- text-to-image\n" + ("- lora\n" if adapter else "")
+    front = f"---\nlibrary_name: diffusers\npipeline_tag: text-to-image\ntags:\n{tags}---\n"
+    base = _base_name(config) if adapter else "this folder"
     use = (
         "```python\nfrom gspn2_diffusion import GSPN2Pipeline\n\n"
-        'pipe = GSPN2Pipeline.from_pretrained("this folder")\n'
-        'pipe("a prompt").images[0].save("picture.png")\n```\n'
+        f'pipe = GSPN2Pipeline.from_pretrained("{base}")\n'
+        + ('pipe.load_lora_weights("this folder")\n' if adapter else "")
+        + 'pipe("a prompt").images[0].save("picture.png")\n```\n'
     )
+    title = "# A LoRA adapter for a GSPN-2 model\n" if adapter else "# A GSPN-2 text-to-image model\n"
     measures = "".join(f"- {name}: {value:.4f}\n" for name, value in last_measures(run.output).items())
     return "\n".join(
         [
             front,
-            "# A GSPN-2 text-to-image model\n",
+            title,
             f"{parameter_count(state.module):,} parameters, trained for {state.step:,} steps on "
             f"{state.pictures:,} pictures (repeats counted).\n",
             use,
@@ -69,6 +76,11 @@ def card_text(config: DenoiserConfig, state: TrainState, run: Run) -> str:
             "State the licence of the pictures, what the model is for, and what it should not be used for.\n",
         ]
     )
+
+
+def _base_name(config: DenoiserConfig) -> str:
+    """The tuned model's name, without the folders of this machine."""
+    return Path(config.init_from or str(config.pretrained)).name
 
 
 def last_measures(folder: Path) -> dict[str, float]:
