@@ -169,7 +169,9 @@ class GSPN2Transformer2DModel(  # type: ignore[misc]
         height, width = hidden_states.shape[-2] // patch, hidden_states.shape[-1] // patch
         timestep = timestep.reshape(-1).expand(hidden_states.shape[0])
 
-        hidden_states = self.patch_embed(self._patchify(hidden_states))  # (B, h*w, C)
+        # Copied, since the output of a linear layer is a view: to blocks that are compiled on their own, an
+        # input that is a view in the first block only means one more compilation.
+        hidden_states = self.patch_embed(self._patchify(hidden_states)).clone()  # (B, h*w, C)
         temb, embedded = self.time_embed(timestep, pooled_projections, hidden_states.dtype)  # (B, 6C), (B, C)
         encoder_hidden_states = self.caption_norm(self.caption_projection(encoder_hidden_states))  # (B, L, C)
         bias = _mask_to_bias(encoder_attention_mask, hidden_states.dtype)  # (B, 1, L)
@@ -214,9 +216,10 @@ class GSPN2Transformer2DModel(  # type: ignore[misc]
         caching.hook_mixers(self, config)
         if caching.count_hooks(self) == before:
             super().disable_cache()
+            mixers = sorted(set(mixer_per_layer(self.config["mixer"], self.config["num_layers"])))
             raise ValueError(
-                f"the cache finds nothing to cache in this {type(self).__name__}, which has the mixers "
-                f"{sorted(set(mixer_per_layer(self.config.mixer, self.config.num_layers)))}; got {config}"
+                f"the cache finds nothing to cache in this {type(self).__name__} of the mixers {mixers}: "
+                f"{config}"
             )
         self._forget_child_registries()
 

@@ -1,0 +1,192 @@
+"""torch.compile: no graph breaks, no recompilation for other sizes, repeated blocks, export, LoRA swaps.
+
+On the CPU the scan is a Python loop over lines, which a compiler unrolls for one size. So these tests give
+the CUDA operator a CPU implementation and let the denoiser call it, as it does on a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from tiny_denoiser import make_inputs, make_model, randomize
+
+from gspn2_diffusion.ops.reference import line_scan_reference
+
+line_scan = importlib.import_module("gspn2_diffusion.ops.line_scan")
+SIZES = [(8, 12, 2), (12, 8, 2), (16, 16, 3), (6, 20, 5)]  # height, width, batch
+NAMES = ["to_q", "to_k", "to_v", "to_out.0", "to_proxy"]
+
+
+def on_cpu(
+    x: Any, weight: Any, lam: Any, u: Any, directions: Any, chunk_size: int, normalize: bool, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    names = [line_scan.DIRECTIONS[code] for code in directions]
+    y = line_scan_reference(x, weight, lam, u, names, chunk_size or None, normalize)
+    return y, x.new_empty(0)
+
+
+@pytest.fixture(autouse=True)
+def own_compiler_cache() -> Iterator[None]:
+    torch.compiler.reset()
+    with torch.fx.experimental._config.patch(use_duck_shape=False):  # equal sizes are not the same size
+        yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def operator_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(line_scan, "_choose_backend", lambda backend, x: "cupy")
+    with torch.library._scoped_library("gspn2_diffusion", "IMPL") as library:
+        library.impl("line_scan_forward", on_cpu, "CPU")
+        yield
+
+
+class Counter:
+    """A compiler that runs what it gets, and counts how often it was asked."""
+
+    def __init__(self) -> None:
+        self.graphs: list[torch.fx.GraphModule] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        self.graphs.append(graph)
+        return graph.forward
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ["gspn2", ["softmax", "linear"]], ids=["gspn2", "others"])
+def test_one_graph_for_all_sizes(operator_on_cpu: None, mixer: Any) -> None:
+    model = make_model(mixer=mixer, num_layers=1 if mixer == "gspn2" else 2)
+    expected = [model(**make_inputs(*size)).sample.detach() for size in SIZES]
+    counter = Counter()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for size, sample in zip(SIZES, expected, strict=True):
+            torch.testing.assert_close(compiled(**make_inputs(*size)).sample, sample)
+    assert len(counter.graphs) == 1
+    scans = [node for node in counter.graphs[0].graph.nodes if "line_scan" in str(node.target)]
+    assert len(scans) == (mixer == "gspn2")  # one operator, no unrolled lines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_repeated_blocks_share_one_graph(operator_on_cpu: None, dynamic: bool | None) -> None:
+    model = make_model()
+    sizes = SIZES if dynamic else SIZES[:1] * 2
+    expected = [model(**make_inputs(*size)).sample.detach() for size in sizes]
+    counter = Counter()
+    model.compile_repeated_blocks(fullgraph=True, dynamic=dynamic, backend=counter)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for size, sample in zip(sizes, expected, strict=True):
+            torch.testing.assert_close(model(**make_inputs(*size)).sample, sample)
+    assert len(counter.graphs) == 1
+
+
+@pytest.mark.slow
+def test_compiles_without_graph_breaks_also_backward() -> None:
+    model = make_model(mixer=["gspn2", "softmax"])
+    model.set_scan_backend("reference")
+    randomize(model)
+    inputs = make_inputs(4, 4)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected = model(**inputs).sample
+    sample = compiled(**inputs).sample
+    torch.testing.assert_close(sample, expected)
+    sample.square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_compiles_with_group_offload() -> None:
+    model = make_model(num_layers=2)
+    expected = model(**make_inputs(4, 4)).sample
+    model.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+    model.compile(backend="eager")
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(model(**make_inputs(4, 4)).sample, expected)
+
+
+def test_export_and_run() -> None:
+    model = make_model(num_layers=1)
+    inputs = make_inputs(4, 4)
+    exported = torch.export.export(model, args=(), kwargs=inputs)
+    torch.testing.assert_close(exported.module()(**inputs).sample, model(**inputs).sample)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [(7, 13)])
+def test_lora_swaps_in_a_compiled_model_without_recompiling(tmp_path: Path, ranks: tuple[int, int]) -> None:
+    inputs, expected = make_inputs(4, 4), []
+    model = make_model(num_layers=1)
+    for index, rank in enumerate(ranks):
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=NAMES, init_lora_weights=False)
+        model.add_adapter(config, adapter_name=f"adapter{index}")
+        model.set_adapter(f"adapter{index}")
+        expected.append(model(**inputs).sample.detach())
+        model.save_lora_adapter(tmp_path / str(index), adapter_name=f"adapter{index}")
+    model = make_model(num_layers=1)
+    model.enable_lora_hotswap(target_rank=max(ranks))
+    model.load_lora_adapter(tmp_path / "0", adapter_name="slot", prefix=None, use_safetensors=True)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.inference_mode(), torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(compiled(**inputs).sample, expected[0], atol=1e-4, rtol=1e-4)
+        model.load_lora_adapter(
+            tmp_path / "1", adapter_name="slot", hotswap=True, prefix=None, use_safetensors=True
+        )
+        torch.testing.assert_close(compiled(**inputs).sample, expected[1], atol=1e-4, rtol=1e-4)
+    assert (expected[0] - expected[1]).abs().max() > 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("regional", [False, True], ids=["whole", "blocks"])
+def test_compiled_on_a_gpu(mode: str, regional: bool) -> None:
+    """With "reduce-overhead" as CUDA graphs."""
+    model = make_model(num_layers=3).to("cuda")
+    inputs = {name: value.cuda() for name, value in make_inputs(16, 24).items()}
+    with torch.no_grad():
+        expected = model(**inputs).sample
+        if regional:
+            model.compile_repeated_blocks(fullgraph=True, mode=mode)
+            compiled = model
+        else:
+            compiled = torch.compile(model, fullgraph=True, mode=mode)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for _ in range(3):
+                torch.compiler.cudagraph_mark_step_begin()
+                torch.testing.assert_close(compiled(**inputs).sample, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.gpu
+def test_one_compilation_for_all_sizes_on_a_gpu() -> None:
+    model = make_model(num_layers=2).to("cuda")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for size in SIZES:
+            inputs = {name: value.cuda() for name, value in make_inputs(*size).items()}
+            torch.testing.assert_close(
+                compiled(**inputs).sample, model(**inputs).sample, atol=1e-3, rtol=1e-3
+            )
+
+
+@pytest.mark.gpu
+def test_cuda_graph_of_the_denoiser() -> None:
+    model = make_model().to("cuda")
+    inputs = {name: value.cuda() for name, value in make_inputs(16, 16).items()}
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # the first call compiles kernels and picks algorithms
+            model(**inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            sample = model(**inputs).sample
+        inputs["hidden_states"].mul_(-1)
+        graph.replay()
+        torch.testing.assert_close(sample, model(**inputs).sample, atol=1e-5, rtol=1e-5)
