@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,10 +19,22 @@ _LIMITS = Limits()
 
 def app(
     model: Annotated[
-        str, typer.Option("--model", "-m", help="An embedded model, a folder, or a Hub id 'owner/name'.")
-    ] = defaults.MODEL,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, fp32, bf16 or fp16.")] = "auto",
+        list[str],
+        typer.Option(
+            "--model",
+            "-m",
+            help="An embedded model, a folder, or a Hub id 'owner/name'. Given several times, visitors may "
+            "choose among them; the first is loaded at the start.",
+        ),
+    ] = [defaults.MODEL],  # noqa: B006
+    lora_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--lora-dir", help="Folder whose LoRAs visitors may choose. Needs peft.", show_default=False
+        ),
+    ] = None,
+    device: options.DeviceOption = "auto",
+    dtype: options.DtypeOption = "auto",
     host: Annotated[
         str | None,
         typer.Option(
@@ -69,7 +82,8 @@ def app(
     if max_side % SIZE_STEP:
         raise UsageError(f"--max-side must be a multiple of {SIZE_STEP}, got {max_side}")
     server = ServerOptions(
-        model=options.check_text("--model", model),
+        models=tuple(options.check_text("--model", name) for name in model),
+        lora_dir=lora_dir,
         device=options.check_device_name(device),
         dtype=options.check_dtype(dtype),
         host=host,

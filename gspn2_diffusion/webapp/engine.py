@@ -1,31 +1,35 @@
-"""The model behind the page: loads in the background, draws for one visitor at a time, stops when told."""
+"""The models behind the page: one is loaded, draws for one visitor at a time, and stops when told."""
 
 from __future__ import annotations
 
-import dataclasses
+import collections
+import gc
 import logging
 import queue
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gspn2_diffusion.cli import loading, options
-from gspn2_diffusion.cli.console import CliError, fast_imports
+from gspn2_diffusion.webapp import drawing
+from gspn2_diffusion.webapp.drawing import Loaded, Step, Stopped
 from gspn2_diffusion.webapp.errors import AppError
-from gspn2_diffusion.webapp.limits import SIZE_STEP, DrawRequest
-from gspn2_diffusion.webapp.samplers import build_scheduler
+from gspn2_diffusion.webapp.limits import DrawRequest
+from gspn2_diffusion.webapp.shelf import Shelf
 from gspn2_diffusion.webapp.waiting import Line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from gspn2_diffusion.png_metadata import GenerationSettings
+    from gspn2_diffusion.webapp.propagation import Influence, Recorder
 
 logger = logging.getLogger(__name__)
 
 _TICK = 0.5  # seconds between two looks at the stop signal while waiting
+_RECORDS = 2  # recorded drawings that are kept for the next look into them
+_RECORD_BYTES = 64_000_000  # of one of them; a larger one keeps a single step
 
 
 @dataclass(frozen=True)
@@ -58,72 +62,85 @@ class Finished:
     settings: GenerationSettings
 
 
-Event = Waiting | Progress | Finished
-
-
-class _Stopped(Exception):
-    """The stop signal came; stays inside the drawing thread."""
-
-
 @dataclass(frozen=True)
-class _Loaded:
-    pipe: Any
-    preview: Any
-    own_scheduler: Any
-    template: GenerationSettings
-    backend: str
+class Looked:
+    """What a point sends in layer ``layer`` (from 0) at denoiser call ``call`` (from 0) of ``calls``."""
+
+    influence: Influence
+    layer: int
+    call: int
+    calls: int
+
+
+Event = Waiting | Progress | Finished | Looked
+Put = Callable[[Event], None]
 
 
 class Engine:
-    """One model. Every method may be called from any thread.
+    """The models of a shelf, of which one is loaded. Every method may be called from any thread.
 
     Args:
-        model: as in ``gspn2 generate --model``. A wrong name shows at once, as :class:`CliError`.
+        shelf: what may be asked for; its first model is loaded first.
         device: as in ``gspn2 generate``.
         dtype: torch's name of one, or "auto".
         longest_line: requests that wait or run at once.
     """
 
-    def __init__(self, model: str, device: str, dtype: str, longest_line: int) -> None:
-        self.source = loading.find_model(model)
-        self.model = loading.display_name(model)
+    def __init__(self, shelf: Shelf, device: str, dtype: str, longest_line: int) -> None:
+        self.shelf = shelf
         self._wanted = (device, dtype)
         self.line = Line(longest_line)
         self._ready = threading.Event()
-        self._loaded: _Loaded | None = None
+        self._loaded: Loaded | None = None
+        # Touched only by who is first in the line.
+        self._recorded: collections.OrderedDict[Any, tuple[DrawRequest, Recorder]] = collections.OrderedDict()
 
     def load_in_background(self) -> None:
-        """Returns at once; :meth:`draw` waits for the model."""
-        threading.Thread(target=self._load, name="gspn2-load", daemon=True).start()
+        """Loads the first model and returns at once; :meth:`draw` waits for it."""
+        threading.Thread(target=self._load_first, name="gspn2-load", daemon=True).start()
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Whether loading has ended, well or not, within ``seconds``."""
+        """Whether the first loading has ended, well or not, within ``seconds``."""
         return self._ready.wait(seconds)
 
-    def _load(self) -> None:
-        started = time.monotonic()
+    def _load_first(self) -> None:
         try:
-            self._loaded = _load(self.source, self.model, *self._wanted)
-            logger.info("%s is ready after %.1f s", self.model, time.monotonic() - started)
-        except Exception:
-            logger.exception("%s cannot be loaded", self.model)
+            self._load(self.shelf.first)
+        except AppError:
+            pass  # logged; whoever asks for this model next starts another try
         finally:
             self._ready.set()
 
+    def _load(self, name: str) -> Loaded:
+        """Puts the model ``name`` in the place of the loaded one."""
+        started = time.monotonic()
+        self._loaded = None
+        self._recorded.clear()
+        gc.collect()
+        try:
+            self._loaded = drawing.load(self.shelf, name, *self._wanted)
+        except Exception:
+            logger.exception("%s cannot be loaded", name)
+            raise AppError(f"The model {name} could not be loaded; the server's log says why.") from None
+        logger.info("%s is ready after %.1f s", name, time.monotonic() - started)
+        return self._loaded
+
     def info(self) -> dict[str, Any]:
         """What runs, for people and programs; never a path."""
-        found: dict[str, Any] = {"model": self.model, "state": "loading", "waiting": len(self.line)}
-        if self._ready.is_set():
-            found["state"] = "ready" if self._loaded else "failed"
-        if self._loaded:
-            template = self._loaded.template
+        loaded = self._loaded
+        found: dict[str, Any] = {"model": loaded.name if loaded else self.shelf.first, "state": "loading"}
+        found["waiting"] = len(self.line)
+        if loaded:
+            template = loaded.template
             found.update(
+                state="ready",
                 model_hash=template.model_hash,
                 device=template.device_name or template.device,
                 dtype=template.dtype,
-                backend=self._loaded.backend,
-                versions=template.versions,
+                backend=loaded.backend,
             )
+        elif self._ready.is_set() and not len(self.line):
+            found["state"] = "failed"
         return found
 
     def draw(self, request: DrawRequest, stop: threading.Event) -> Generator[Event, None, None]:
@@ -135,6 +152,88 @@ class Engine:
         Raises:
             AppError: the line is full, the model is not there, or drawing failed.
         """
+
+        def work(loaded: Loaded, put: Put) -> None:
+            for number in range(request.count):
+                on_step = _reporter(put, number, request.count)
+                picture, settings = drawing.draw_one(loaded, self.shelf, request, number, stop, on_step)
+                put(Finished(number, request.count, picture, settings))
+
+        yield from self._in_line(request, stop, work)
+
+    def look(
+        self, request: DrawRequest, layer: int, step: float, point: tuple[float, float], stop: threading.Event
+    ) -> Generator[Event, None, None]:
+        """What a point of the first picture of ``request`` sends; the last event is :class:`Looked`.
+
+        The picture is drawn once more while the denoiser is recorded; the next looks at it use the record.
+
+        Args:
+            layer: from 0; the next one that scans is taken.
+            step: 0 for the first denoiser call to 1 for the last.
+            point: x and y as shares of width and height.
+
+        Raises:
+            AppError: as :meth:`draw`, or no layer of the model scans.
+        """
+
+        def work(loaded: Loaded, put: Put) -> None:
+            put(self._look(loaded, request, layer, step, point, stop, put))
+
+        yield from self._in_line(request, stop, work)
+
+    def _look(
+        self,
+        loaded: Loaded,
+        request: DrawRequest,
+        layer: int,
+        step: float,
+        point: tuple[float, float],
+        stop: threading.Event,
+        put: Put,
+    ) -> Looked:
+        from gspn2_diffusion.webapp.propagation import influence, scan_layers
+
+        layers = scan_layers(loaded.pipe.transformer)
+        if not layers:
+            raise AppError("No layer of this model scans lines.")
+        layer = min(layers, key=lambda index: abs(index - layer))
+        recorder, calls = self._record(loaded, request, step, stop, put)
+        drawing.switch_lora(loaded, self.shelf, request)
+        call = min(recorder.proxies, key=lambda index: abs(index - step * (calls - 1)))
+        rows, columns = recorder.grid
+        token = min(int(point[1] * rows), rows - 1), min(int(point[0] * columns), columns - 1)
+        found = influence(layers[layer], recorder.proxies[call][layer], recorder.grid, token)
+        return Looked(found, layer, call, calls)
+
+    def _record(
+        self, loaded: Loaded, request: DrawRequest, step: float, stop: threading.Event, put: Put
+    ) -> tuple[Recorder, int]:
+        """The record of a drawing, made now or before, and the number of its denoiser calls."""
+        from gspn2_diffusion.webapp.propagation import Recorder, scan_layers
+
+        key = hash_of(request)
+        if key in self._recorded:
+            self._recorded.move_to_end(key)
+            recorder = self._recorded[key][1]
+            return recorder, recorder.calls
+        calls = _calls(request)
+        tokens = request.width * request.height // loaded.pipe.size_multiple**2
+        width = sum(mixer.proxy_dim for mixer in scan_layers(loaded.pipe.transformer).values())
+        large = 4 * calls * tokens * width > _RECORD_BYTES
+        recorder = Recorder(only=round(step * (calls - 1)) if large else None)
+        drawing.draw_one(loaded, self.shelf, request, 0, stop, _reporter(put, 0, 1), recorder)
+        if not large:
+            self._recorded[key] = (request, recorder)
+            while len(self._recorded) > _RECORDS:
+                self._recorded.popitem(last=False)
+        return recorder, recorder.calls
+
+    def _in_line(
+        self, request: DrawRequest, stop: threading.Event, work: Callable[[Loaded, Put], None]
+    ) -> Generator[Event, None, None]:
+        """Waits for the turn, then runs ``work`` in a thread of its own and passes its events on."""
+        name = self.shelf.check_model(request.model)
         ticket = self.line.join()
         worker: threading.Thread | None = None
         try:
@@ -144,22 +243,47 @@ class Engine:
                     return
                 if self.line.wait(ticket, _TICK) == 0:
                     self._ready.wait(_TICK)
-            if self._loaded is None:
-                raise AppError("The model could not be loaded; the server's log says why.")
-            _check_size(self._loaded.pipe, request)
-            events: queue.Queue[Event | BaseException | None] = queue.Queue()
-            worker = threading.Thread(
-                target=_work, args=(self._loaded, request, stop, events), name="gspn2-draw", daemon=True
-            )
+            events: queue.Queue[Any] = queue.Queue()
+
+            def run() -> None:
+                loaded = self._loaded
+                if loaded is None or loaded.name != name:
+                    events.put(Waiting(True, 0))
+                    loaded = self._load(name)
+                _check_size(loaded.pipe, request)
+                work(loaded, events.put)
+
+            worker = threading.Thread(target=_guarded, args=(run, events), name="gspn2-draw", daemon=True)
             worker.start()
             yield from _collect(events)
         finally:
-            if worker is None:
-                self.line.leave(ticket)
-            else:
+            if worker is not None:
                 stop.set()
                 worker.join()  # at most the step that is running
-                self.line.leave(ticket)
+            self.line.leave(ticket)
+
+
+def hash_of(request: DrawRequest) -> Any:
+    """What tells drawings apart; pictures by their content."""
+    values = {**vars(request), "count": 1}
+    for name in ("picture", "mask"):
+        if values[name] is not None:
+            values[name] = (values[name].size, values[name].tobytes())
+    return tuple(values.items())
+
+
+def _calls(request: DrawRequest) -> int:
+    """About how often the denoiser is called for one picture."""
+    strength = 1.0 if request.picture is None else request.strength
+    return max(1, round(request.steps * strength)) * (2 if request.scheduler == "heun" else 1)
+
+
+def _reporter(put: Put, number: int, count: int) -> Callable[[Step], None]:
+    def report(step: Step) -> None:
+        left = step.seconds / step.done * (step.total - step.done + step.total * (count - number - 1))
+        put(Progress(number, count, step.done, step.total, left, step.preview))
+
+    return report
 
 
 def _check_size(pipe: Any, request: DrawRequest) -> None:
@@ -167,7 +291,7 @@ def _check_size(pipe: Any, request: DrawRequest) -> None:
         raise AppError(f"Width and height must be multiples of {pipe.size_multiple} for this model.")
 
 
-def _collect(events: queue.Queue[Event | BaseException | None]) -> Iterator[Event]:
+def _collect(events: queue.Queue[Any]) -> Iterator[Event]:
     """Events as they come; of several progress reports that have piled up only the last one."""
     while True:
         batch = [events.get()]
@@ -182,14 +306,13 @@ def _collect(events: queue.Queue[Event | BaseException | None]) -> Iterator[Even
                 yield event
 
 
-def _work(loaded: _Loaded, request: DrawRequest, stop: threading.Event, events: queue.Queue[Any]) -> None:
+def _guarded(run: Callable[[], None], events: queue.Queue[Any]) -> None:
     """The drawing thread: puts events, at the end None or the failure as :class:`AppError`."""
     import torch
 
     try:
-        for number in range(request.count):
-            events.put(_draw_one(loaded, request, number, stop, events))
-    except _Stopped:
+        run()
+    except Stopped:
         pass
     except AppError as error:
         events.put(error)
@@ -197,114 +320,7 @@ def _work(loaded: _Loaded, request: DrawRequest, stop: threading.Event, events: 
         torch.cuda.empty_cache()
         events.put(AppError("The device has not enough memory for this; try a smaller picture."))
     except Exception:
-        logger.exception("drawing %r failed", request)
+        logger.exception("drawing failed")
         events.put(AppError("Drawing failed; the server's log says why."))
     finally:
         events.put(None)
-
-
-def _draw_one(
-    loaded: _Loaded, request: DrawRequest, number: int, stop: threading.Event, events: queue.Queue[Any]
-) -> Finished:
-    import numpy as np
-    import torch
-
-    from gspn2_diffusion.webapp.preview import CleanEstimate
-
-    pipe = loaded.pipe
-    pipe.scheduler = build_scheduler(request.scheduler, loaded.own_scheduler)
-    scheduler, config = loading.scheduler_settings(pipe)
-    started, estimate = time.monotonic(), CleanEstimate()
-
-    def after_step(pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        if stop.is_set():
-            pipe._interrupt = True  # the sampling loop ends before its next step
-            return {}
-        done, total = step + 1, pipe.num_timesteps
-        sigma = float(pipe.scheduler.timesteps[done]) / 1000 if done < total else 0.0
-        clean = estimate.update(tensors["latents"][0].detach(), sigma)
-        per_call = (time.monotonic() - started) / done
-        left = per_call * (total - done + total * (request.count - number - 1))
-        preview = loaded.preview.picture(clean) if loaded.preview and done < total else None
-        events.put(Progress(number, request.count, done, total, left, preview))
-        return {}
-
-    if stop.is_set():
-        raise _Stopped
-    latents = pipe(
-        request.prompt,
-        negative_prompt=request.negative_prompt,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance_scale,
-        height=request.height,
-        width=request.width,
-        generator=torch.Generator("cpu").manual_seed(request.seed + number),
-        output_type="latent",
-        callback_on_step_end=after_step,
-    ).images
-    if stop.is_set():
-        raise _Stopped
-    with torch.no_grad():
-        array = pipe.decode_latents(latents, "np")
-    if not np.isfinite(array).all():
-        raise AppError("The picture has values that are not numbers; the server should use another --dtype.")
-    settings = dataclasses.replace(
-        loaded.template,
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
-        steps=request.steps,
-        guidance_scale=request.guidance_scale,
-        seed=request.seed + number,
-        height=request.height,
-        width=request.width,
-        scheduler=scheduler,
-        scheduler_config=config,
-    )
-    return Finished(number, request.count, pipe.image_processor.numpy_to_pil(array)[0], settings)
-
-
-def _load(source: str, model: str, device_name: str, dtype_name: str) -> _Loaded:
-    with fast_imports():
-        import torch
-
-        from gspn2_diffusion.webapp.preview import LatentPreview
-    from gspn2_diffusion.cli.rendering import package_versions
-    from gspn2_diffusion.files import model_hash
-    from gspn2_diffusion.png_metadata import GenerationSettings
-
-    device = options.resolve_device(device_name)
-    dtype = options.resolve_dtype(dtype_name, device)
-    pipe, folder = loading.load_pipeline(source, device, dtype)
-    if SIZE_STEP % pipe.size_multiple and pipe.size_multiple % SIZE_STEP:
-        raise CliError(f"sizes of this model are multiples of {pipe.size_multiple}, not of {SIZE_STEP}")
-    template = GenerationSettings(
-        prompt="",
-        negative_prompt="",
-        steps=0,
-        guidance_scale=0.0,
-        seed=0,
-        height=0,
-        width=0,
-        model=model,
-        model_hash=model_hash(folder),
-        scheduler="",
-        dtype=str(dtype).removeprefix("torch."),
-        device=device.type,
-        device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else "",
-        versions=package_versions(device.type),
-    )
-    try:
-        preview = LatentPreview.fit(pipe)
-    except Exception:  # an autoencoder of another kind draws as well, only without a preview
-        logger.warning("no preview for this autoencoder", exc_info=True)
-        preview = None
-    return _Loaded(pipe, preview, pipe.scheduler, template, _backend(device.type))
-
-
-def _backend(device_type: str) -> str:
-    """Which line scan runs, in words."""
-    from gspn2_diffusion.ops import cupy_backend
-
-    if device_type == "cuda" and cupy_backend.availability()[0]:
-        return "CUDA kernels (CuPy)"
-    return "plain torch"

@@ -9,7 +9,17 @@ from typing import Any
 from gspn2_diffusion import __version__
 from gspn2_diffusion.webapp.engine import Engine, Event, Finished, Progress, Waiting
 from gspn2_diffusion.webapp.errors import AppError, as_sentences
-from gspn2_diffusion.webapp.limits import MAX_SEED, SIZE_STEP, DrawRequest, Limits, check_request
+from gspn2_diffusion.webapp.limits import (
+    MAX_LORA_WEIGHT,
+    MAX_SEED,
+    SIZE_STEP,
+    DrawRequest,
+    Limits,
+    check_integer,
+    check_number,
+    check_request,
+)
+from gspn2_diffusion.webapp.pictures import check_picture
 from gspn2_diffusion.webapp.records import Record, Store
 from gspn2_diffusion.webapp.restore import Restored, restore
 from gspn2_diffusion.webapp.samplers import SCHEDULERS, scheduler_name
@@ -17,6 +27,7 @@ from gspn2_diffusion.webapp.vocabulary import (
     Vocabulary,
     base_size,
     compose_prompt,
+    layer_count,
     split_prompt,
     vocabulary_of,
 )
@@ -35,6 +46,9 @@ FORM = (
     "scheduler",
     "seed",
     "count",
+    "model",
+    "lora",
+    "lora_weight",
 )
 
 
@@ -45,9 +59,18 @@ class App:
         self.engine = engine
         self.limits = limits
         self.store = Store()
-        self.words: Vocabulary = vocabulary_of(engine.model)
         self.running = Running()
-        self.base = max(limits.min_side, min(base_size(engine.source), limits.side) // SIZE_STEP * SIZE_STEP)
+        self.shelf = engine.shelf
+        known = [vocabulary_of(name) for name in self.shelf.models]
+        # The chips on the page; models that have no such words do without them.
+        self.words: Vocabulary = next((words for words in known if words.styles), known[0])
+        source = self.shelf.models[self.shelf.first]
+        self.base = max(limits.min_side, min(base_size(source), limits.side) // SIZE_STEP * SIZE_STEP)
+        self.layers = max(layer_count(source) for source in self.shelf.models.values())
+
+    def has_chips(self, model: str) -> bool:
+        """Whether a model knows the words of the chips."""
+        return bool(vocabulary_of(model or self.shelf.first).styles)
 
     def request(self, prompt: Any, style: Any, background: Any, **values: Any) -> DrawRequest:
         """Checks everything; chips become words of the prompt.
@@ -55,6 +78,12 @@ class App:
         Raises:
             AppError: with a sentence about the first thing that is wrong.
         """
+        values["model"] = self.shelf.check_model(_name(values.get("model")))
+        values["lora"] = self.shelf.check_lora(_name(values.get("lora")))
+        if not self.has_chips(values["model"]):
+            style = background = ""
+        if values.get("picture") is not None:
+            check_picture(values["picture"], values.get("mask"))
         for name, value, known in (
             ("style", style, self.words.styles),
             ("background", background, self.words.background_names),
@@ -74,9 +103,38 @@ class App:
                 for event in events:
                     yield event
                     if isinstance(event, Finished):
-                        yield self.store.save(event.picture, event.settings)
+                        alone = dataclasses.replace(request, seed=event.settings.seed, count=1)
+                        yield self.store.save(event.picture, event.settings, alone)
         finally:
             events.close()  # the model is free from here on
+            self.running.end(visitor, stop)
+
+    def look(
+        self, visitor: Hashable, request: DrawRequest, layer: Any, step: Any, point: tuple[Any, Any]
+    ) -> Generator[Event, None, None]:
+        """The engine's events; the last one tells what a point of the request's picture sends.
+
+        Args:
+            layer: from 1.
+            step: from 1 to the request's number of steps.
+            point: x and y in pixels.
+
+        Raises:
+            AppError: a number outside its limits, or drawing failed.
+        """
+        index = check_integer("The layer", layer, 1, self.layers) - 1
+        number = check_integer("The step", step, 1, request.steps)
+        x = check_number("The point's x", point[0], 0, request.width)
+        y = check_number("The point's y", point[1], 0, request.height)
+        share = (number - 1) / (request.steps - 1) if request.steps > 1 else 0.0
+        stop = self.running.start(visitor)
+        place = (x / request.width, y / request.height)
+        events = self.engine.look(request, index, share, place, stop)
+        try:
+            with as_sentences("looking into the model"):
+                yield from events
+        finally:
+            events.close()
             self.running.end(visitor, stop)
 
     def stop(self, visitor: Hashable) -> str:
@@ -93,6 +151,9 @@ class App:
             "schedulers": dict(SCHEDULERS),
             "styles": list(self.words.styles),
             "backgrounds": list(self.words.background_names),
+            "models": list(self.shelf.models),
+            "loras": list(self.shelf.loras),
+            "layers": self.layers,
         }
 
     def status_line(self) -> str:
@@ -106,13 +167,13 @@ class App:
         return f"{found['model']} on {device}, {found['dtype']}, line scans by {found['backend']}"
 
     def restore(self, path: str | None) -> Restored:
-        """The settings in an uploaded PNG.
+        """The settings in an uploaded picture.
 
         Raises:
             AppError: no file, not acceptable, or nothing inside.
         """
         if not path:
-            raise AppError("No picture came; choose or drop a PNG file.")
+            raise AppError("No picture came; choose or drop a file.")
         with as_sentences("reading an uploaded picture"):
             return restore(path, self.limits)
 
@@ -141,8 +202,23 @@ class App:
         values["scheduler"] = scheduler_name(found.scheduler) or now["scheduler"]
         if found.scheduler and not scheduler_name(found.scheduler):
             notes.append(f"the scheduler {found.scheduler} is not on offer")
-        notes += self._model_note(found)
+        notes += self._take_names(found, values, now)
         return values, notes
+
+    def _take_names(self, found: Restored, values: dict[str, Any], now: dict[str, Any]) -> list[str]:
+        """Model and LoRA, as far as they are on the shelf, into ``values``."""
+        values["model"] = found.model if found.model in self.shelf.models else now["model"]
+        values["lora"], values["lora_weight"] = "", now["lora_weight"]
+        by_hash = {lora.sha256: name for name, lora in self.shelf.loras.items()}
+        known = [
+            (by_hash[lora["sha256"]], lora["weight"]) for lora in found.loras if lora["sha256"] in by_hash
+        ]
+        if known and abs(known[0][1]) <= MAX_LORA_WEIGHT:
+            values["lora"], values["lora_weight"] = known[0]
+        notes = [
+            f"the LoRA {lora['name']} is not used" for lora in found.loras if lora["name"] != values["lora"]
+        ]
+        return notes + self._model_note(found)
 
     def _side_fits(self, side: int | None) -> bool:
         low, high = self.limits.min_side, self.limits.side
@@ -153,6 +229,10 @@ class App:
         if not found.model_hash or not here or here.startswith(found.model_hash[:10]):
             return []
         return [f"it was drawn by another model, {found.model or 'unknown'}"]
+
+
+def _name(value: Any) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def progress_line(event: Waiting | Progress) -> tuple[str, float | None]:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 import secrets
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gspn2_diffusion.webapp.errors import AppError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SIZE_STEP = 16
 MAX_SEED = 2**53 - 1  # a browser's numbers are exact up to here
 MAX_RANDOM_SEED = 2**32 - 1
 RANDOM_SEED = -1
 MAX_GUIDANCE = 20.0
+MAX_LORA_WEIGHT = 4.0
+MIN_STRENGTH = 0.05
 MAX_PROMPT = 1000
 
 
@@ -26,7 +31,7 @@ class Limits:
         steps: denoising steps.
         count: pictures of one request.
         queue: requests that wait or run at once.
-        upload_bytes, upload_pixels: of a dropped PNG.
+        upload_bytes, upload_pixels: of a dropped picture.
     """
 
     side: int = 512
@@ -40,7 +45,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class DrawRequest:
-    """A checked wish. Picture k of ``count`` has the seed ``seed + k``; sizes in pixels."""
+    """A checked wish. Picture k of ``count`` has the seed ``seed + k``; sizes in pixels.
+
+    ``model`` and ``lora`` are names on the shelf, empty for the first model and for none. With a ``picture``
+    (RGB) it is image to image as far as ``strength`` says, with a ``mask`` of its size (white is drawn anew)
+    inpainting.
+    """
 
     prompt: str
     negative_prompt: str
@@ -51,6 +61,19 @@ class DrawRequest:
     scheduler: str
     seed: int
     count: int
+    model: str = ""
+    lora: str = ""
+    lora_weight: float = 1.0
+    picture: Image | None = None
+    mask: Image | None = None
+    strength: float = 1.0
+
+    @property
+    def task(self) -> str:
+        """ "text", "img2img" or "inpaint"."""
+        if self.picture is None:
+            return "text"
+        return "img2img" if self.mask is None else "inpaint"
 
 
 def check_request(limits: Limits, schedulers: tuple[str, ...], **values: Any) -> DrawRequest:
@@ -59,7 +82,7 @@ def check_request(limits: Limits, schedulers: tuple[str, ...], **values: Any) ->
     Raises:
         AppError: a value is missing, of the wrong kind or outside the limits; the sentence says which.
     """
-    count = _integer("The number of pictures", values["count"], 1, limits.count)
+    count = check_integer("The number of pictures", values["count"], 1, limits.count)
     seed = values["seed"]
     if seed is None or seed == RANDOM_SEED:
         seed = secrets.randbelow(MAX_RANDOM_SEED + 1)
@@ -71,12 +94,24 @@ def check_request(limits: Limits, schedulers: tuple[str, ...], **values: Any) ->
         negative_prompt=_text("The negative prompt", values["negative_prompt"]),
         width=_side("The width", values["width"], limits),
         height=_side("The height", values["height"], limits),
-        steps=_integer("The number of steps", values["steps"], 1, limits.steps),
-        guidance_scale=_number("Guidance", values["guidance_scale"], 0.0, MAX_GUIDANCE),
+        steps=check_integer("The number of steps", values["steps"], 1, limits.steps),
+        guidance_scale=check_number("Guidance", values["guidance_scale"], 0.0, MAX_GUIDANCE),
         scheduler=scheduler,
-        seed=_integer("The seed", seed, 0, MAX_SEED - count + 1),
+        seed=check_integer("The seed", seed, 0, MAX_SEED - count + 1),
         count=count,
+        **_choices(values),
     )
+
+
+def _choices(values: dict[str, Any]) -> dict[str, Any]:
+    """Model, LoRA, picture: what need not be there. Names and pictures have been checked by their owners."""
+    found: dict[str, Any] = {name: values.get(name) or "" for name in ("model", "lora")}
+    weight = values.get("lora_weight", 1.0)
+    found["lora_weight"] = check_number("The weight of the LoRA", weight, -MAX_LORA_WEIGHT, MAX_LORA_WEIGHT)
+    if values.get("picture") is not None:
+        strength = check_number("The strength", values.get("strength"), MIN_STRENGTH, 1.0)
+        found.update(picture=values["picture"], mask=values.get("mask"), strength=strength)
+    return found
 
 
 def _text(name: str, value: Any, required: bool = False) -> str:
@@ -88,7 +123,8 @@ def _text(name: str, value: Any, required: bool = False) -> str:
     return text.strip().encode("utf-8", "replace").decode("utf-8")
 
 
-def _number(name: str, value: Any, low: float, high: float) -> float:
+def check_number(name: str, value: Any, low: float, high: float) -> float:
+    """``value`` as a float; raises :class:`AppError` unless it is a number from ``low`` to ``high``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise AppError(f"{name} must be a number from {low:g} to {high:g}.")
     if not low <= value <= high:
@@ -96,7 +132,8 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
     return float(value)
 
 
-def _integer(name: str, value: Any, low: int, high: int) -> int:
+def check_integer(name: str, value: Any, low: int, high: int) -> int:
+    """``value`` as an int; raises :class:`AppError` unless it is a whole number from ``low`` to ``high``."""
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, bool) or not whole or not low <= value <= high:
         raise AppError(f"{name} must be a whole number from {low} to {high}, got {str(value)[:40]}.")
@@ -104,7 +141,7 @@ def _integer(name: str, value: Any, low: int, high: int) -> int:
 
 
 def _side(name: str, value: Any, limits: Limits) -> int:
-    side = _integer(name, value, limits.min_side, limits.side)
+    side = check_integer(name, value, limits.min_side, limits.side)
     if side % SIZE_STEP:
         raise AppError(f"{name} must be a multiple of {SIZE_STEP}, got {side}.")
     return side

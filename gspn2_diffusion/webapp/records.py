@@ -18,16 +18,19 @@ from gspn2_diffusion.png_metadata import GenerationSettings, save_png
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from gspn2_diffusion.webapp.limits import DrawRequest
+
 HISTORY = 40  # pictures a visitor sees
 MAX_FILES = 1000  # of all visitors; the oldest go first
 
 
 @dataclass(frozen=True)
 class Record:
-    """One finished picture. ``path`` is a PNG that carries ``settings``."""
+    """One finished picture. ``path`` is a PNG that carries ``settings``; ``request`` draws it again alone."""
 
     path: str
     settings: GenerationSettings
+    request: DrawRequest | None = None
 
     @property
     def caption(self) -> str:
@@ -47,14 +50,16 @@ class Store:
         self._numbers = itertools.count(1)
         self._kept: collections.deque[Path] = collections.deque()
 
-    def save(self, picture: Image, settings: GenerationSettings) -> Record:
+    def save(
+        self, picture: Image, settings: GenerationSettings, request: DrawRequest | None = None
+    ) -> Record:
         """Writes the picture as PNG with its settings inside."""
         name = f"gspn2-{next(self._numbers):05d}-seed-{settings.seed}.png"
         path = save_png(picture, self.folder / name, settings)
         self._kept.append(path)
         if len(self._kept) > MAX_FILES:
             self._kept.popleft().unlink(missing_ok=True)
-        return Record(str(path), settings)
+        return Record(str(path), settings, request)
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -68,7 +73,7 @@ def gallery_items(history: list[Record]) -> list[tuple[str, str]]:
 def settings_for_json(settings: GenerationSettings) -> dict[str, Any]:
     """The settings as the API returns them, without what is the same for all pictures of a server."""
     keys = ["prompt", "negative_prompt", "steps", "guidance_scale", "seed", "height", "width"]
-    keys += ["model", "model_hash", "scheduler", "dtype", "device"]
+    keys += ["model", "model_hash", "scheduler", "dtype", "device", "loras", "source"]
     return {key: getattr(settings, key) for key in keys}
 
 
@@ -98,10 +103,38 @@ def status_html(text: str, share: float | None = None) -> str:
     return f'<div class="g2-status" role="status">{html.escape(text)}{bar}</div>'
 
 
+def _source_words(source: dict[str, Any]) -> str:
+    if not source:
+        return ""
+    what = "a part of a picture" if source.get("task") == "inpaint" else "a picture"
+    return f"{what}, strength {source.get('strength', 1):g}"
+
+
+def differences_html(older: Record, newer: Record) -> str:
+    """What differs between the settings of two pictures, side by side."""
+    rows, right = [], _rows(newer)
+    for name, value in _rows(older).items():
+        if value != right[name]:
+            cells = "".join(f"<td>{html.escape(str(item)) or 'none'}</td>" for item in (value, right[name]))
+            rows.append(f"<tr><th>{name}</th>{cells}</tr>")
+    if not rows:
+        return '<p class="g2-same">The settings are the same.</p>'
+    return f'<table class="g2-details g2-pair">{"".join(rows)}</table>'
+
+
 def details_html(record: Record) -> str:
     """All settings of a picture that somebody may want to see, as a table."""
+    cells = "".join(
+        f"<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>"
+        for name, value in _rows(record).items()
+        if value != ""
+    )
+    return f'<table class="g2-details">{cells}</table>'
+
+
+def _rows(record: Record) -> dict[str, Any]:
     used = record.settings
-    rows = {
+    return {
         "Prompt": used.prompt,
         "Negative": used.negative_prompt,
         "Seed": used.seed,
@@ -110,11 +143,7 @@ def details_html(record: Record) -> str:
         "Guidance": f"{used.guidance_scale:g}",
         "Scheduler": used.scheduler,
         "Model": f"{used.model} ({used.model_hash[:10]})",
+        "LoRA": ", ".join(f"{lora['name']} x {lora['weight']:g}" for lora in used.loras),
+        "Drawn from": _source_words(used.source),
         "Drawn on": f"{used.device_name or used.device}, {used.dtype}",
     }
-    cells = "".join(
-        f"<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>"
-        for name, value in rows.items()
-        if value != ""
-    )
-    return f'<table class="g2-details">{cells}</table>'

@@ -1,10 +1,9 @@
-"""From a dropped PNG back to the settings that drew it. Uploads come from strangers."""
+"""From a dropped picture back to the settings that drew it. Uploads come from strangers."""
 
 from __future__ import annotations
 
 import os
-import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from gspn2_diffusion.png_metadata import (
@@ -17,8 +16,7 @@ from gspn2_diffusion.png_metadata import (
 )
 from gspn2_diffusion.webapp.errors import AppError
 from gspn2_diffusion.webapp.limits import Limits
-
-_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+from gspn2_diffusion.webapp.pictures import check_upload
 
 
 @dataclass(frozen=True)
@@ -35,32 +33,12 @@ class Restored:
     scheduler: str | None = None
     model: str = ""
     model_hash: str = ""
+    loras: list[dict[str, Any]] = field(default_factory=list)
     note: str = ""
 
 
-def check_upload(path: str | os.PathLike[str], limits: Limits) -> None:
-    """Judges a file by its length and its first bytes, before any decoder sees it.
-
-    Raises:
-        AppError: too long, not a PNG, or a picture of more pixels than is sensible.
-    """
-    try:
-        length = os.path.getsize(path)
-        with open(path, "rb") as file:
-            head = file.read(24)
-    except OSError:
-        raise AppError("The file could not be read; please try again.") from None
-    if length > limits.upload_bytes:
-        raise AppError(f"The file is larger than {limits.upload_bytes // 1_000_000} MB.")
-    if len(head) < 24 or not head.startswith(_SIGNATURE) or head[12:16] != b"IHDR":
-        raise AppError("This is not a PNG picture; only PNG files carry their settings.")
-    width, height = struct.unpack(">II", head[16:24])
-    if width * height > limits.upload_pixels:
-        raise AppError(f"The picture says it has {width} x {height} pixels, which is too large.")
-
-
 def restore(path: str | os.PathLike[str], limits: Limits) -> Restored:
-    """The settings inside a PNG of ours, or of a program that writes AUTOMATIC1111's text.
+    """The settings inside a PNG, JPEG or WebP of ours, or of a program that writes AUTOMATIC1111's text.
 
     Raises:
         AppError: not acceptable (:func:`check_upload`), damaged, or no settings inside.
@@ -92,6 +70,8 @@ def from_settings(settings: GenerationSettings) -> Restored:
         scheduler=settings.scheduler,
         model=settings.model,
         model_hash=settings.model_hash,
+        loras=list(settings.loras),
+        note="It was drawn from another picture, which is not inside it" if settings.source else "",
     )
 
 

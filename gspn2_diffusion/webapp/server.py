@@ -6,6 +6,7 @@ import logging
 import os
 import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from gspn2_diffusion.webapp.limits import Limits
@@ -18,10 +19,13 @@ class ServerOptions:
     """How to serve. None leaves a value to Gradio's own variables and defaults (127.0.0.1, port 7860 on).
 
     Attributes:
+        models: what visitors may choose from, the first is loaded at the start.
+        lora_dir: a folder whose LoRAs visitors may choose; None for no LoRA.
         auth: ``(user, password)``; None lets everybody in who can reach the address.
     """
 
-    model: str
+    models: tuple[str, ...]
+    lora_dir: Path | None = None
     device: str = "auto"
     dtype: str = "auto"
     host: str | None = None
@@ -42,12 +46,16 @@ def launch(options: ServerOptions, block: bool = True) -> Any:
         The :class:`gspn2_diffusion.webapp.ui.Page`.
 
     Raises:
-        CliError: the model does not exist.
+        CliError: a model or LoRA does not exist.
         OSError: the port is taken.
     """
-    from gspn2_diffusion.webapp.engine import Engine
+    import PIL.Image
 
-    engine = Engine(options.model, options.device, options.dtype, options.limits.queue)
+    from gspn2_diffusion.webapp.engine import Engine
+    from gspn2_diffusion.webapp.shelf import build_shelf
+
+    shelf = build_shelf(options.models, options.lora_dir)
+    engine = Engine(shelf, options.device, options.dtype, options.limits.queue)
     engine.load_in_background()  # while Gradio is imported
     # A folder of its own for uploads: their addresses contain it, and nobody else's files lie there.
     os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="gspn2-uploads-"))
@@ -55,6 +63,8 @@ def launch(options: ServerOptions, block: bool = True) -> Any:
     from gspn2_diffusion.webapp.style import CSS, HEAD, chip_css
     from gspn2_diffusion.webapp.ui import Page
 
+    # For what decodes without asking us first, such as Gradio's editor: Pillow refuses twice this number.
+    PIL.Image.MAX_IMAGE_PIXELS = options.limits.upload_pixels // 2
     app = App(engine, options.limits)
     page = Page(app)
     # Every waiting visitor holds a Gradio job; the engine's line is the one that says "full".

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
@@ -12,12 +12,20 @@ from gspn2_diffusion.webapp import api
 from gspn2_diffusion.webapp.engine import Progress, Waiting
 from gspn2_diffusion.webapp.errors import AppError
 from gspn2_diffusion.webapp.handlers import FORM, App, progress_line
-from gspn2_diffusion.webapp.limits import MAX_GUIDANCE, MAX_PROMPT, RANDOM_SEED, SIZE_STEP
+from gspn2_diffusion.webapp.limits import (
+    MAX_GUIDANCE,
+    MAX_LORA_WEIGHT,
+    MAX_PROMPT,
+    RANDOM_SEED,
+    SIZE_STEP,
+)
+from gspn2_diffusion.webapp.panels import QUIET, PropagationPanel, SourcePanel, refuse, shown_iterator
 from gspn2_diffusion.webapp.preview import data_uri
 from gspn2_diffusion.webapp.records import (
     HISTORY,
     Record,
     details_html,
+    differences_html,
     empty_html,
     gallery_items,
     head_html,
@@ -29,7 +37,6 @@ from gspn2_diffusion.webapp.samplers import SCHEDULERS
 from gspn2_diffusion.webapp.vocabulary import ASPECTS, aspect_size
 
 FREE = "free"
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 class Page:
@@ -38,7 +45,7 @@ class Page:
     def __init__(self, app: App) -> None:
         self.app = app
         self.form: dict[str, Any] = {}
-        title = f"{app.engine.model} - GSPN-2 diffusion"
+        title = f"{app.shelf.first} - GSPN-2 diffusion"
         with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 7200)) as self.blocks:
             self.history = gr.State([], time_to_live=7200)
             self.chosen = gr.State([])  # the last two pictures that were clicked, newest first
@@ -70,6 +77,7 @@ class Page:
             autofocus=True,
             elem_id="g2-prompt",
         )
+        self._build_model()
         gr.Examples([[text] for text in app.words.examples], form["prompt"], label="Try", api_name=False)  # type: ignore[arg-type]
         form["style"] = self._chips("Style", app.words.styles, "g2-style")
         form["background"] = self._chips("Background", app.words.background_names, "g2-background")
@@ -79,14 +87,38 @@ class Page:
         self._build_size()
         with gr.Accordion("More settings", open=False):
             self._build_more()
-        with gr.Accordion("Settings from a picture (PNG)", open=False):
-            self.drop = gr.File(show_label=False, file_types=[".png"], elem_id="g2-drop", height=110)
+        with gr.Accordion("Start from a picture", open=False) as self.start:
+            self.source = SourcePanel(app.limits)
+        with gr.Accordion("Settings from a picture (PNG, JPEG, WebP)", open=False):
+            self.drop = gr.File(show_label=False, file_types=api.FILE_TYPES, elem_id="g2-drop", height=110)
 
     def _chips(self, label: str, words: tuple[str, ...], elem_id: str) -> Any:
         choices = [("any", ""), *((word, word) for word in words)]
+        shown = bool(words) and self.app.has_chips("")
         return gr.Radio(
-            choices, value="", label=label, visible=bool(words), elem_id=elem_id, elem_classes="g2-chips"
+            choices, value="", label=label, visible=shown, elem_id=elem_id, elem_classes="g2-chips"
         )
+
+    def _build_model(self) -> None:
+        shelf, form = self.app.shelf, self.form
+        form["model"] = gr.Dropdown(
+            list(shelf.models),
+            value=shelf.first,
+            label="Model",
+            visible=len(shelf.models) > 1,
+            elem_id="g2-model",
+        )
+        with gr.Row(visible=bool(shelf.loras)):
+            form["lora"] = gr.Dropdown(
+                [("none", ""), *((name, name) for name in shelf.loras)],
+                value="",
+                label="LoRA",
+                min_width=140,
+                elem_id="g2-lora",
+            )
+            form["lora_weight"] = gr.Slider(
+                -MAX_LORA_WEIGHT, MAX_LORA_WEIGHT, 1.0, step=0.05, label="Weight of the LoRA", min_width=140
+            )
 
     def _build_size(self) -> None:
         app, form = self.app, self.form
@@ -160,22 +192,26 @@ class Page:
             self.details = gr.HTML(elem_id="g2-details")
             with gr.Row():
                 self.reuse = gr.Button("Use these settings", size="sm", elem_id="g2-reuse")
+                self.again = gr.Button("Start from this picture", size="sm", elem_id="g2-again")
                 self.download = gr.DownloadButton("Download PNG", size="sm", elem_id="g2-download")
+            with gr.Accordion("What GSPN-2 does here", open=False, elem_id="g2-inside"):
+                self.inside = PropagationPanel(self.app.layers)
         with gr.Accordion(
             "Compare the last two pictures you clicked", open=False, visible=False
         ) as self.pair:
             self.slider = gr.ImageSlider(type="filepath", show_label=False, interactive=False, format="png")
+            self.differences = gr.HTML(elem_id="g2-differences")
 
     # Connections
 
     def _connect(self) -> None:
         self._connect_drawing()
-        sizes = [self.form["width"], self.form["height"]]
+        form, sizes = self.form, [self.form["width"], self.form["height"]]
         self.aspect.input(self._on_aspect, self.aspect, sizes, queue=False, **QUIET)
         for size in sizes:
             size.input(lambda: FREE, None, self.aspect, queue=False, **QUIET)
-        shown = [self.chosen, self.stage, self.panel, self.details, self.download, self.pair, self.slider]
-        self.gallery.select(self._on_select, [self.history, self.chosen], shown, **QUIET)
+        chips = [form["style"], form["background"]]
+        form["model"].input(self._on_model, form["model"], chips, queue=False, **QUIET)
         filled = [*self.inputs, self.random, self.aspect, self.status]
         self.reuse.click(self._on_reuse, [self.chosen, *self.inputs], filled, **QUIET)
         self.drop.upload(self._on_drop, [self.drop, *self.inputs], filled, **QUIET)
@@ -183,54 +219,81 @@ class Page:
         timer = gr.Timer(2.0)
         timer.tick(self._on_timer, None, [self.head, timer], queue=False, **QUIET)
         self.blocks.unload(self._on_unload)
+        self._connect_results()
+        self._connect_source()
 
     def _connect_drawing(self) -> None:
         gr.on(
             [self.generate.click],
             self._on_generate,
-            [*self.inputs, self.random, self.history],
-            [self.stage, self.status, self.gallery, self.history, self.form["seed"]],
+            [*self.inputs, *self.source.inputs, self.random, self.history],
+            [self.stage, self.status, self.gallery, self.history, self.form["seed"], self.head],
             concurrency_limit=None,  # the engine keeps the line, so that it can tell positions
             trigger_mode="once",
             **QUIET,
         )
         self.stop.click(self._on_stop, None, self.status, queue=False, **QUIET)
 
+    def _connect_results(self) -> None:
+        inside = self.inside
+        shown = [self.chosen, self.stage, self.panel, self.details, self.download, self.pair, self.slider]
+        shown += [self.differences, inside.map, inside.step, inside.text, inside.point]
+        self.gallery.select(self._on_select, [self.history, self.chosen], shown, **QUIET)
+        inside.connect(self.app, self.chosen, self.status)
+
+    def _connect_source(self) -> None:
+        sizes = [self.form["width"], self.form["height"], self.aspect]
+        self.source.connect(self.app, sizes, FREE)
+        updated = [self.start, self.source.picture, *sizes, *self.source.updated]
+        self.again.click(self._on_again, self.chosen, updated, **QUIET)
+
     # What happens
 
     def _head_html(self) -> str:
-        return head_html(self.app.engine.model, self.app.status_line())
+        info = self.app.engine.info()
+        return head_html(info["model"], self.app.status_line())
 
     def _on_timer(self) -> tuple[str, Any]:
         return self._head_html(), gr.Timer(active=not self.app.engine.wait(0))
 
-    def _on_generate(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
-        """Yields stage, status, gallery, history, seed."""
-        *form, random, history = values
+    def _on_model(self, model: str) -> tuple[Any, Any]:
+        shown = self.app.has_chips(model)
+        return gr.Radio(visible=shown), gr.Radio(visible=shown)
+
+    def _on_generate(self, request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
+        count = len(self.source.inputs)
+        form, (*source, random, history) = values[: len(FORM)], values[len(FORM) :]
         wish = dict(zip(FORM, form, strict=True))
         if random:
             wish["seed"] = RANDOM_SEED
-        checked = _shown(self.app.request, **wish)
-        total, same = 0, gr.skip()
-        yield same, status_html("Starting", 0.0), same, same, checked.seed
+        try:
+            checked = self.app.request(**wish, **self.source.wish(*source[:count]))
+        except AppError as error:
+            raise refuse(error) from None
+        total, seed = 0, self.form["seed"]
+        yield {self.status: status_html("Starting", 0.0), seed: checked.seed}
         events = self.app.draw(request.session_hash, checked)
         try:
-            for event in _shown_iterator(events):
+            for event in shown_iterator(events):
                 if isinstance(event, (Waiting, Progress)):
-                    yield self._step(event), status_html(*progress_line(event)), same, same, same
+                    yield self._step(event)
                 elif isinstance(event, Record):
                     history, total = [event, *history][:HISTORY], total + 1
-                    stage = picture_html(event.data_uri, event.caption)
-                    gallery = gr.Gallery(gallery_items(history), visible=True)
-                    yield stage, same, gallery, history, same
+                    yield {
+                        self.stage: picture_html(event.data_uri, event.caption),
+                        self.gallery: gr.Gallery(gallery_items(history), visible=True),
+                        self.history: history,
+                        self.head: self._head_html(),
+                    }
         finally:
             events.close()
-        yield same, status_html(_ending(total, checked.count)), same, same, same
+        yield {self.status: status_html(_ending(total, checked.count))}
 
-    def _step(self, event: Waiting | Progress) -> Any:
+    def _step(self, event: Waiting | Progress) -> dict[Any, Any]:
+        updates: dict[Any, Any] = {self.status: status_html(*progress_line(event))}
         if isinstance(event, Progress) and event.preview is not None:
-            return picture_html(data_uri(event.preview), "preview")
-        return gr.skip()
+            updates[self.stage] = picture_html(data_uri(event.preview), "preview")
+        return updates
 
     def _on_stop(self, request: gr.Request) -> str:
         return status_html(self.app.stop(request.session_hash))
@@ -245,29 +308,31 @@ class Page:
         low = self.app.limits.min_side
         return max(width, low), max(height, low)
 
-    def _on_select(
-        self, history: list[Record], chosen: list[Record], event: gr.SelectData
-    ) -> tuple[Any, ...]:
+    def _on_select(self, history: list[Record], chosen: list[Record], event: gr.SelectData) -> dict[Any, Any]:
         index = event.index if isinstance(event.index, int) else 0
         visible = [record for record in history if gallery_items([record])]
         if not 0 <= index < len(visible):
             raise gr.Error("This picture is gone; draw it again.", print_exception=False)
         record = visible[index]
-        chosen = [
-            record,
-            *(other for other in chosen if other.path != record.path and gallery_items([other])),
-        ]
-        chosen = chosen[:2]
-        pair = (chosen[1].path, chosen[0].path) if len(chosen) == 2 else None
-        return (
-            chosen,
-            picture_html(record.data_uri, record.caption),
-            gr.Column(visible=True),
-            details_html(record),
-            gr.DownloadButton(value=record.path),
-            gr.Accordion(visible=pair is not None),
-            pair,
-        )
+        others = [other for other in chosen if other.path != record.path and gallery_items([other])]
+        pair = [*others[:1], record]
+        return {
+            self.chosen: [record, *others[:1]],
+            self.stage: picture_html(record.data_uri, record.caption),
+            self.panel: gr.Column(visible=True),
+            self.details: details_html(record),
+            self.download: gr.DownloadButton(value=record.path),
+            self.pair: gr.Accordion(visible=len(pair) == 2),
+            self.slider: (pair[0].path, record.path) if len(pair) == 2 else None,
+            self.differences: differences_html(*pair) if len(pair) == 2 else "",
+            **self.inside.show(record),
+        }
+
+    def _on_again(self, chosen: list[Record]) -> list[Any]:
+        if not chosen or not gallery_items(chosen[:1]):
+            raise gr.Error("Click a picture first.", print_exception=False)
+        path = chosen[0].path
+        return [gr.Accordion(open=True), path, *self.source.taken(self.app, path, FREE)]
 
     def _on_reuse(self, chosen: list[Record], *form: Any) -> tuple[Any, ...]:
         if not chosen:
@@ -275,7 +340,10 @@ class Page:
         return self._fill(from_settings(chosen[0].settings), form)
 
     def _on_drop(self, path: str | None, *form: Any) -> tuple[Any, ...]:
-        return self._fill(_shown(self.app.restore, path), form)
+        try:
+            return self._fill(self.app.restore(path), form)
+        except AppError as error:
+            raise refuse(error) from None
 
     def _fill(self, found: Restored, form: tuple[Any, ...]) -> tuple[Any, ...]:
         values, notes = self.app.form_values(found, dict(zip(FORM, form, strict=True)))
@@ -283,21 +351,6 @@ class Page:
         keeps_seed = found.seed is None or values["seed"] != found.seed
         controls = [values.get(name, gr.skip()) for name in FORM]
         return (*controls, keeps_seed, FREE, status_html(text))
-
-
-def _shown(function: Callable[..., Any], *args: Any, **values: Any) -> Any:
-    """The result of ``function``; its :class:`AppError` becomes a message on the page."""
-    try:
-        return function(*args, **values)
-    except AppError as error:
-        raise gr.Error(str(error), print_exception=False) from None
-
-
-def _shown_iterator(items: Iterator[Any]) -> Iterator[Any]:
-    try:
-        yield from items
-    except AppError as error:
-        raise gr.Error(str(error), print_exception=False) from None
 
 
 def _ending(drawn: int, wanted: int) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from gspn2_diffusion.webapp.limits import SIZE_STEP
 
 FALLBACK_SIZE = 512
+FALLBACK_LAYERS = 12
 
 ASPECTS: dict[str, tuple[int, int]] = {
     "1:1": (1, 1),
@@ -105,6 +106,15 @@ def aspect_size(aspect: str, base: int, largest: int) -> tuple[int, int]:
 
 def _fit(side: float, largest: int) -> int:
     return max(SIZE_STEP, min(round(side / SIZE_STEP), largest // SIZE_STEP) * SIZE_STEP)
+
+
+def layer_count(source: str) -> int:
+    """Layers of a model's transformer, without loading it; ``FALLBACK_LAYERS`` before a download."""
+    try:
+        path = Path(source) / "transformer" / "config.json"
+        return int(json.loads(path.read_text(encoding="utf-8"))["num_layers"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return FALLBACK_LAYERS
 
 
 def base_size(source: str) -> int:

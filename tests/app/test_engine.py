@@ -19,6 +19,7 @@ from gspn2_diffusion.webapp.engine import Engine, Finished, Progress, Waiting
 from gspn2_diffusion.webapp.errors import AppError
 from gspn2_diffusion.webapp.limits import DrawRequest
 from gspn2_diffusion.webapp.samplers import SCHEDULERS
+from gspn2_diffusion.webapp.shelf import build_shelf
 
 REQUEST = DrawRequest("a red apple", "blue", 32, 16, 3, 2.0, "euler", 5, 1)
 
@@ -144,7 +145,7 @@ def test_out_of_memory_is_told(engine: Engine, monkeypatch: pytest.MonkeyPatch) 
 
 def test_models_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(CliError, match="no such folder"):
-        Engine(str(tmp_path / "nothing"), "cpu", "float32", 1)
+        build_shelf([str(tmp_path / "nothing")])
 
 
 def test_info_reveals_no_path(engine: Engine, tiny_model: Path) -> None:

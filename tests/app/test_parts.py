@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bad_pictures import png_of_size
 from PIL import Image
 from tiny_models import build_tiny_pipeline
 
@@ -139,18 +138,14 @@ def test_restores_a_foreign_picture(tmp_path: Path) -> None:
     assert "Another program" in found.note
 
 
-def png_of_size(width: int, height: int) -> bytes:
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-
-
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         (b"", "not a PNG"),
         (b"GIF89a" + b"\0" * 100, "not a PNG"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>" + b" " * 50, "not a PNG"),
-        (png_of_size(60000, 60000), "60000 x 60000"),
+        (png_of_size(60000, 60000), "too large"),
+        (png_of_size(5000, 5000), "5000 x 5000"),
         (png_of_size(8, 8), "damaged"),
         (png_of_size(8, 8) + b"\0" * 2_000_000, "larger than 1 MB"),
     ],

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bad_pictures import png_of_size
 from PIL import Image
 
 from gspn2_diffusion.png_metadata import read_settings
@@ -27,7 +28,15 @@ def client(server: Any, tmp_path: Path) -> Any:
 
 def test_only_the_documented_endpoints_are_named(client: Any) -> None:
     named = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
-    assert sorted(named) == ["/generate", "/info", "/settings", "/stop"]
+    assert sorted(named) == [
+        "/generate",
+        "/img2img",
+        "/info",
+        "/inpaint",
+        "/propagation",
+        "/settings",
+        "/stop",
+    ]
 
 
 def test_generate_gives_files_with_their_settings(client: Any) -> None:
@@ -105,7 +114,7 @@ def test_limits_hold_for_programs_too(client: Any, change: dict[str, Any], words
     [
         ("a.png", b"not a picture", "not a PNG"),
         ("a.txt", b"not a picture", "file type|Invalid"),
-        ("a.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + b"\xff" * 8 + b"\0" * 20, "too large"),
+        ("a.png", png_of_size(60000, 60000), "too large"),
     ],
 )
 def test_bad_uploads(client: Any, tmp_path: Path, name: str, content: bytes, words: str) -> None:
