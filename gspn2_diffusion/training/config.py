@@ -151,7 +151,10 @@ class DenoiserConfig(RunConfig):
     vae: str | None = option(None, "AutoencoderKL folder")
     text_encoder: str | None = option(None, "BertModel folder")
     tokenizer: str | None = option(None, "tokenizer folder")
-    transformer_config: str = option("configs/gspn2-emoji-transformer.json", "denoiser configuration")
+    transformer_config: str | None = option(
+        "configs/gspn2-emoji-transformer.json", "denoiser configuration; unset: that of `pretrained`"
+    )
+    mixer: str | None = option(None, "gspn2, softmax, linear or none in all layers instead")
     init_from: str | None = option(None, "transformer folder to start from (weights only), grown to fit")
     groups: list[str] | None = option(None, "emoji groups; unset: the default groups, `all`: every group")  # noqa: RUF009
     styles: list[str] | None = option(None, "emoji styles; unset: every style")  # noqa: RUF009
@@ -200,6 +203,8 @@ class DenoiserConfig(RunConfig):
         """Raise `ConfigError` for the first setting that cannot work."""
         super().validate()
         _among("weighting", self.weighting, ("logit_normal", "mode", "none"))
+        if self.mixer is not None:
+            _among("mixer", self.mixer, ("gspn2", "softmax", "linear", "none"))
         _among("prediction", self.prediction, ("flow", "epsilon", "v_prediction"))
         _among("data_format", self.data_format, DATA_FORMATS)
         if self.max_aspect_ratio < 1.0:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gspn2_diffusion.training.assembly import write_pipeline
 from gspn2_diffusion.training.checkpoint import replace_folder
-from gspn2_diffusion.training.config import DenoiserConfig, read_mapping
+from gspn2_diffusion.training.config import ConfigError, DenoiserConfig, model_folder, read_mapping
 from gspn2_diffusion.training.frozen import FrozenModels, load_text_encoder, load_vae
 from gspn2_diffusion.training.growth import grow_denoiser
 from gspn2_diffusion.training.latents import LatentBatch, SceneEncoder
@@ -251,9 +251,13 @@ def load_denoiser(config: DenoiserConfig) -> Any:
     from gspn2_diffusion.models.initialization import initialize_for_training
     from gspn2_diffusion.models.transformer_gspn2 import GSPN2Transformer2DModel
 
-    model = GSPN2Transformer2DModel.from_config(read_mapping(config.transformer_config))
+    file = config.transformer_config or config.component("transformer") / "config.json"
+    changes = {"mixer": config.mixer} if config.mixer else {}
+    model = GSPN2Transformer2DModel.from_config({**read_mapping(file), **changes})
     if config.init_from:
-        source = GSPN2Transformer2DModel.from_pretrained(config.init_from, dtype=torch.float32)
+        folder = model_folder(config.init_from)
+        folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+        source = GSPN2Transformer2DModel.from_pretrained(folder, dtype=torch.float32)
         return grow_denoiser(source, model)
     initialize_for_training(model)
     return model
@@ -270,6 +274,18 @@ def check_terminated(state: TrainState) -> None:
         raise SystemExit(TERMINATED)
 
 
+def check_fit(module: Any, encoder: Encoder) -> None:
+    """Raise ConfigError unless the denoiser takes the latents and texts of the frozen models."""
+    pairs = (
+        ("in_channels", "vae", encoder.vae.config.latent_channels),
+        ("caption_channels", "text_encoder", encoder.text_encoder.config.hidden_size),
+    )
+    for name, part, given in pairs:
+        wanted = module.config.get(name)
+        if wanted is not None and wanted != given:
+            raise ConfigError(f"`{part}` gives {given} channels; the denoiser's {name} is {wanted}")
+
+
 def train_denoiser(run: Run, config: DenoiserConfig) -> Path:
     """Train, then write ``transformer/`` and ``pipeline/`` (averaged weights, bf16).
 
@@ -278,6 +294,7 @@ def train_denoiser(run: Run, config: DenoiserConfig) -> Path:
     """
     encoder = load_encoder(run, config)
     module = load_denoiser(config)
+    check_fit(module, encoder)
     run.say(f"denoiser {parameter_count(module):,} parameters")
     if config.gradient_checkpointing:
         module.enable_gradient_checkpointing()
