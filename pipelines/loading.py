@@ -61,7 +61,7 @@ class LoadablePipeline(DiffusionPipeline):
         """
         if not safe_serialization:
             logger.warning("`safe_serialization=False`: weights are never pickled, safetensors are written")
-        super().save_pretrained(save_directory, safe_serialization=True, **kwargs)
+        super().save_pretrained(os.fspath(save_directory), safe_serialization=True, **kwargs)
 
     def save_config(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
