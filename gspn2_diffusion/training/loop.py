@@ -16,7 +16,7 @@ from gspn2_diffusion.training.runtime import Run
 from gspn2_diffusion.training.schedule import Conductor, Tick, learning_rate_factor
 from gspn2_diffusion.training.state import TrainState, prepare_state
 
-__all__ = ["Task", "TrainState", "TrainingDivergedError", "fit", "prepare_state"]
+__all__ = ["Task", "TrainState", "TrainingDivergedError", "fit", "optimise", "prepare_state"]
 
 
 class Task(Protocol):
@@ -58,7 +58,7 @@ def fit(run: Run, state: TrainState, task: Task) -> None:
         )
         rate = config.learning_rate * factor
         set_learning_rate(state.optimizer, rate)
-        meter.add(_optimise(run, state, task, guard), state.step + 1)
+        meter.add(optimise(run, state, task, guard), state.step + 1)
         state.step += 1
         state.pictures += per_step
         tick = conductor.tick(state.step)
@@ -95,7 +95,7 @@ def _check_all(guard: Guard, state: TrainState, task: Task) -> None:
         )
 
 
-def _optimise(run: Run, state: TrainState, task: Task, guard: Guard) -> Tensor:
+def optimise(run: Run, state: TrainState, task: Task, guard: Guard) -> Tensor:
     """One optimiser step; returns its loss, still on the device."""
     config = run.config
     total = torch.zeros((), device=run.device)
