@@ -18,6 +18,7 @@ _EXPORTS = {
     "GSPN2Pipeline": "gspn2_diffusion.pipelines.pipeline_gspn2",
     "GSPN2Img2ImgPipeline": "gspn2_diffusion.pipelines.pipeline_gspn2_img2img",
     "GSPN2InpaintPipeline": "gspn2_diffusion.pipelines.pipeline_gspn2_inpaint",
+    "GSPN2SuperResPipeline": "gspn2_diffusion.pipelines.pipeline_gspn2_superres",
     "GSPN2PipelineOutput": "gspn2_diffusion.pipelines.pipeline_output",
     "convert_to_gspn2": "gspn2_diffusion.conversion.convert",
 }
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from gspn2_diffusion.pipelines.pipeline_gspn2 import GSPN2Pipeline
     from gspn2_diffusion.pipelines.pipeline_gspn2_img2img import GSPN2Img2ImgPipeline
     from gspn2_diffusion.pipelines.pipeline_gspn2_inpaint import GSPN2InpaintPipeline
+    from gspn2_diffusion.pipelines.pipeline_gspn2_superres import GSPN2SuperResPipeline
     from gspn2_diffusion.pipelines.pipeline_output import GSPN2PipelineOutput
 
 
