@@ -1,0 +1,1 @@
+"""Measuring text-to-image models: fixed prompts, judges that are measured themselves, intervals."""
