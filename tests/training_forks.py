@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,38 @@ def train(name: str, options: list[str], trouble: str | None = None, value: int 
         process.kill()
         process.join()
     return process.exitcode
+
+
+def _join(name: str, options: list[str], environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    _run(name, options, None, 0)
+
+
+def train_together(name: str, options: list[str], processes: int, **environment: str) -> list[int | None]:
+    """Exit codes of a script that several processes run together, as torchrun would start them."""
+    shared = {
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "GLOO_SOCKET_IFNAME": "lo",
+        **environment,
+    }
+    started = []
+    for rank in range(processes):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        process = CONTEXT.Process(target=_join, args=(name, options, shared | own))
+        process.start()
+        started.append(process)
+    for process in started:
+        process.join(240)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+    return [process.exitcode for process in started]
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])

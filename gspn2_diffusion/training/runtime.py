@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +62,14 @@ class Run:
 
     @property
     def fsdp(self) -> bool:
-        """Whether accelerate was launched with FSDP2, which splits weights over the processes."""
-        return bool(getattr(self.accelerator, "is_fsdp2", False))
+        """Whether accelerate was launched with FSDP2, which splits weights over the processes.
+
+        On CPUs accelerate does not look at its own settings, so they are read here.
+        """
+        if getattr(self.accelerator, "is_fsdp2", False):
+            return True
+        wanted = _flag("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION") == "2"
+        return wanted and self.device.type == "cpu" and self.world > 1
 
     def mesh(self) -> Any:
         """All processes in one line, for FSDP2."""
@@ -70,7 +77,9 @@ class Run:
 
     def fsdp_options(self) -> tuple[bool, bool]:
         """``reshard_after_forward`` and whether shards lie in host memory, as accelerate was told."""
-        plugin = self.accelerator.state.fsdp_plugin
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None:
+            return _flag("FSDP_RESHARD_AFTER_FORWARD"), _flag("FSDP_OFFLOAD_PARAMS")
         offload = plugin.cpu_offload
         offloads = offload if isinstance(offload, bool) else type(offload).__name__ == "CPUOffloadPolicy"
         return bool(plugin.reshard_after_forward), offloads
@@ -108,6 +117,10 @@ class Run:
         """Random numbers that follow from (seed, rank, stream, step), so resuming needs no saved state."""
         mixed = hash((self.config.seed, self.rank, stream, step)) & 0x7FFF_FFFF_FFFF_FFFF
         return torch.Generator(self.device).manual_seed(mixed)
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
 def start_run(config: RunConfig, started: float) -> Run:

@@ -14,7 +14,7 @@ from gspn2_diffusion.training import checkpoint as ckpt
 from gspn2_diffusion.training.config import ConfigError
 from gspn2_diffusion.training.optim import JointOptimizer, build_optimizer
 from gspn2_diffusion.training.runtime import Run, compile_in_place
-from gspn2_diffusion.training.sharding import is_sharded, shard_model, split_like, whole
+from gspn2_diffusion.training.sharding import is_sharded, local, shard_model, split_like, whole
 
 
 @dataclass
@@ -205,6 +205,10 @@ def prepare_state(run: Run, module: Any, architecture: dict[str, Any]) -> TrainS
         foreach=run.compiled_device,
     )
     state = TrainState(module, module, optimizer, ema, architecture, sharded=is_sharded(module))
+    if state.sharded:
+        own = sum(local(param).numel() for param in module.parameters())
+        run.say(f"weights are split: {own:,} of {sum(p.numel() for p in module.parameters()):,} here")
+        run.record(weights_here=own)
     if run.is_main:
         ckpt.tidy(run.output)
     run.accelerator.wait_for_everyone()

@@ -1,0 +1,91 @@
+"""Runs of several processes: DDP, FSDP2, validation on one of them, and going on with another number."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_pictures
+import tiny_training
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import training_forks as forks
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_OFFLOAD_PARAMS": "false",
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    forks.CONTEXT.set_forkserver_preload(["gspn2_diffusion.training.denoiser", "transformers.models.bert"])
+    folder = tmp_path_factory.mktemp("several")
+    tiny_pictures.write_folder(folder / "data", count=22, size=(16, 16))
+    tiny_training.write_models(folder / "models")
+    return folder
+
+
+def options(root, output, **changes):
+    settings = {
+        "data": root / "data",
+        "cache_dir": root / "cache",
+        "sheet_prompts": "none",
+        "trackers": "none",
+        "batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_train_steps": 4,
+        "checkpoint_steps": 2,
+        "validate_steps": 1,
+        "sample_steps": 2,
+        "keep_checkpoints": 3,
+    }
+    return tiny_training.denoiser_options(root, output, **{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def ddp(root):
+    assert forks.train_together("train_text_to_image", options(root, root / "ddp"), 2) == [0, 0]
+    return root / "ddp"
+
+
+def close(first, second, name):
+    one, other = load_file(first / name), load_file(second / name)
+    assert one.keys() == other.keys()
+    for key in one:
+        torch.testing.assert_close(one[key], other[key], atol=2e-5, rtol=1e-3)
+
+
+def test_two_processes_share_the_work_and_write_once(ddp):
+    state = json.loads((ddp / "checkpoint-4" / "state.json").read_text())
+    assert state["pictures"] == 4 * 2 * 2 * 2
+    lines = [json.loads(line) for line in (ddp / "metrics.jsonl").read_text().splitlines()]
+    assert sum("val_held_out" in line for line in lines) == 5
+    assert (ddp / "pipeline" / "README.md").is_file()
+
+
+def test_split_weights_go_on_as_whole_ones_do(root, ddp):
+    """FSDP2 from the checkpoint of the DDP run: the same weights, each process holding half of them."""
+    output = root / "fsdp"
+    changes = {"resume_from": ddp / "checkpoint-2"}
+    codes = forks.train_together("train_text_to_image", options(root, output, **changes), 2, **FSDP2)
+    assert codes == [0, 0]
+    for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
+        close(ddp / "checkpoint-4", output / "checkpoint-4", name)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    total = sum(tensor.numel() for tensor in load_file(ddp / "checkpoint-4" / "model.safetensors").values())
+    here = next(line["weights_here"] for line in lines if "weights_here" in line)
+    assert here == pytest.approx(total / 2, rel=0.2)
+    assert sum("val_held_out" in line for line in lines) == 3
+
+
+def test_another_number_of_processes_goes_on(root, ddp):
+    alone = root / "alone"
+    changes = {"resume_from": ddp / "checkpoint-2", "gradient_accumulation_steps": 4}
+    assert forks.train("train_text_to_image", options(root, alone, **changes)) == 0
+    state = json.loads((alone / "checkpoint-4" / "state.json").read_text())
+    assert state["pictures"] == 4 * 8
