@@ -62,7 +62,8 @@ def score(
         ``relation/pair`` and ``relation/triple`` (every thing among the five likeliest, and in its place),
         ``count`` (exact) with ``count/2`` .. ``count/4``, and ``colour``.
     """
-    readings, crops = [], []
+    readings: list[_Reading] = []
+    crops: list[Tensor] = []
     for number, asked in enumerate(prompts):
         reading, found = _read(asked, picture(number), judge.size.side, len(crops))
         readings.append(reading)

@@ -78,7 +78,8 @@ class AutoencoderTask:
         state: TrainState,
         anchor: tuple[Any, int] | None = None,
     ) -> None:
-        self._anchor, self._anchor_channels = anchor if anchor is not None else (None, 0)
+        self._anchor: Any = anchor[0] if anchor is not None else None
+        self._anchor_channels = anchor[1] if anchor is not None else 0
         self.run, self.config, self.state, self._sprites = run, config, state, sprites
         vae = state.module.vae
         self._latent = (vae.config.latent_channels, *_latent_size(vae, config.resolution))
@@ -118,7 +119,6 @@ class AutoencoderTask:
 
     def _drift(self, pixels: Tensor, mean: Tensor) -> Tensor:
         """How far the latents have moved from those of the start, on a quarter of the pictures."""
-        assert self._anchor is not None
         part = max(1, len(pixels) // 4)
         with torch.no_grad():
             wanted, _ = posterior(self._anchor, pixels[:part])

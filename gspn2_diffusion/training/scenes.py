@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ class Layer:
         """The same layer in page-locked memory."""
         return replace(self, **{name: tensor.pin_memory() for name, tensor in self._tensors()})
 
-    def _tensors(self) -> list[tuple[str, Tensor]]:
+    def _tensors(self) -> list[tuple[str, Any]]:
         found = [(item.name, getattr(self, item.name)) for item in fields(self)]
         return [(name, value) for name, value in found if isinstance(value, Tensor)]
 

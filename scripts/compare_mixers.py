@@ -1,0 +1,211 @@
+"""Train several mixers (or ablations) from the same seed and data order, judge them, and write the tables.
+
+    python scripts/compare_mixers.py train --study mixers --pretrained gspn2-emoji --steps 2000 --batch 512
+    python scripts/compare_mixers.py report
+
+"train" runs one variant per GPU at a time, each for exactly --steps steps, then lets one judge see all their
+pictures, and writes benchmarks/results/<study>.json. "report" makes docs/results.md from the files in
+benchmarks/results. Options after "--" go to scripts/train_text_to_image.py unchanged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse and run."""
+    arguments = sys.argv[1:] if argv is None else argv
+    own, passed = arguments, []
+    if "--" in arguments:
+        own, passed = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
+    given = _parser().parse_args(own)
+    if given.action == "report":
+        from gspn2_diffusion.evaluation.document import write_document
+
+        print(f"wrote {write_document(given.results, given.document)}")
+        return
+    try:
+        train(given, passed)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"compare_mixers: {error}") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("action", choices=("train", "report"))
+    add = parser.add_argument
+    add("--study", default="mixers", choices=("mixers", "ablations"))
+    add("--variants", default=None, help="only these, by commas")
+    add("--base", type=Path, default=ROOT / "configs" / "gspn2-emoji-transformer.json")
+    add("--config", type=Path, default=ROOT / "configs" / "text-to-image.yaml", help="training settings")
+    add("--pretrained", default="gspn2-emoji", help="folder with vae/, text_encoder/, tokenizer/")
+    add("--vae", default=None, help="another autoencoder; its latent channels must be the base's")
+    add("--data", default="data/emoji")
+    add("--sprite_cache", default="data/sprites")
+    add("--steps", type=int, default=2000)
+    add("--batch", type=int, default=512)
+    add("--seed", type=int, default=0)
+    add("--work", type=Path, default=Path("runs/comparison"), help="folder of the runs")
+    add("--results", type=Path, default=RESULTS)
+    add("--document", type=Path, default=ROOT / "docs" / "results.md")
+    add("--judge", type=Path, default=None, help="folder of a saved judge")
+    add("--evaluate", action=argparse.BooleanOptionalAction, default=True)
+    add("--limit", type=int, default=None, help="at most so many prompts of each group")
+    add("--sample_steps", type=int, default=20)
+    add("--sizes", default=None, help="also judged at these sizes, see evaluate.py")
+    add("--judge_options", default="", help="options of evaluate.py for the judge, in one text")
+    return parser
+
+
+def train(given: argparse.Namespace, passed: Sequence[str]) -> Path:
+    """Train and judge every variant; returns the results file."""
+    from gspn2_diffusion.environment import describe_environment
+    from gspn2_diffusion.evaluation.comparison import count_parameters, read_run, variants
+    from gspn2_diffusion.evaluation.report import write_json
+
+    base = {k: v for k, v in json.loads(given.base.read_text()).items() if not k.startswith("_")}
+    configs = variants(given.study, base)
+    if given.variants:
+        unknown = set(given.variants.split(",")) - configs.keys()
+        if unknown:
+            raise ValueError(f"--variants has {sorted(unknown)}; allowed: {', '.join(configs)}")
+        configs = {name: configs[name] for name in given.variants.split(",")}
+    parameters = {name: count_parameters(config) for name, config in configs.items()}
+    print("\n".join(f"{name}: {count:,} parameters" for name, count in parameters.items()), flush=True)
+    work = given.work / given.study
+    commands = {name: _training(given, work / name, config, passed) for name, config in configs.items()}
+    status = run_all(commands, work)
+    finished = [name for name in configs if status[name] == 0]
+    scores = judge_all(given, work, finished) if given.evaluate and finished else {}
+    facts: dict[str, Any] = {
+        "study": given.study,
+        "settings": {"steps": given.steps, "batch": given.batch, "seed": given.seed, "other": list(passed)},
+        "environment": describe_environment(),
+        "variants": {
+            name: {
+                "config": configs[name],
+                "parameters": parameters[name],
+                **read_run(work / name),
+                "evaluation": scores.get(name),
+            }
+            for name in finished
+        },
+        "failed": [name for name in configs if status[name] != 0],
+    }
+    target = given.results / f"{given.study}.json"
+    write_json(facts, target)
+    print(f"wrote {target}; failed: {facts['failed'] or 'none'}")
+    return target
+
+
+def _training(
+    given: argparse.Namespace, folder: Path, config: dict[str, Any], passed: Sequence[str]
+) -> list[str]:
+    """The command that trains one variant; the same for all but the architecture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").unlink(missing_ok=True)  # of an earlier try
+    architecture = folder / "transformer.json"
+    architecture.write_text(json.dumps({"_class_name": "GSPN2Transformer2DModel", **config}, indent=1))
+    settings: dict[str, Any] = {
+        "config": given.config,
+        "transformer_config": architecture,
+        "output_dir": folder,
+        "pretrained": given.pretrained,
+        "data": given.data,
+        "sprite_cache": given.sprite_cache,
+        "max_train_steps": given.steps,
+        "batch_size": given.batch,
+        "seed": given.seed,
+        "validate_minutes": "none",
+        "validate_steps": max(1, given.steps // 8),
+        "sample_minutes": "none",
+        "checkpoint_minutes": "none",
+        "final_checkpoint": "false",
+        "keep_best": "none",
+    }
+    if given.vae:
+        settings["vae"] = given.vae
+    options = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+    return [sys.executable, str(ROOT / "scripts" / "train_text_to_image.py"), *options, *passed]
+
+
+def run_all(commands: dict[str, list[str]], work: Path) -> dict[str, int]:
+    """Run commands, one per GPU at a time (one after the other without GPUs); exit status by name."""
+    import torch
+
+    free: Queue[int | None] = Queue()
+    for device in range(torch.cuda.device_count()) or [None]:  # type: ignore[union-attr]
+        free.put(device)
+
+    def run(name: str) -> int:
+        device = free.get()
+        try:
+            return _run_one(name, commands[name], work / f"{name}.log", device)
+        finally:
+            free.put(device)
+
+    with ThreadPoolExecutor(max(1, free.qsize())) as pool:
+        return dict(zip(commands, pool.map(run, commands), strict=True))
+
+
+def _run_one(name: str, command: list[str], log: Path, device: int | None) -> int:
+    environment = dict(os.environ)
+    if device is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = str(device)
+    print(f"{name}: started on {'the CPU' if device is None else f'GPU {device}'}", flush=True)
+    with log.open("a", encoding="utf-8") as stream:
+        status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment).returncode
+    ending = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-3:])
+    print(f"{name}: exit {status}\n{ending}", flush=True)
+    return status
+
+
+def judge_all(given: argparse.Namespace, work: Path, names: Sequence[str]) -> dict[str, Any]:
+    """The scores of every finished variant from one judge, which the first of them trains where needed."""
+    judge = given.judge or given.work / "judge"
+    extra = given.judge_options.split()
+
+    def command(name: str) -> list[str]:
+        options: dict[str, Any] = {
+            "model": work / name / "pipeline",
+            "data": given.data,
+            "out": work / name / "evaluation",
+            "judge": judge,
+            "steps": given.sample_steps,
+            "sprite_cache": given.sprite_cache,
+        }
+        if given.limit:
+            options["limit"] = given.limit
+        if given.sizes:
+            options["sizes"] = given.sizes
+        texts = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+        return [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *texts, *extra]
+
+    trained = (judge / "judge.json").is_file()
+    first, rest = ([], list(names)) if trained else (list(names[:1]), list(names[1:]))
+    for group in (first, rest):
+        run_all({name: command(name) for name in group}, work)
+    found = {}
+    for name in names:
+        files = sorted((work / name / "evaluation").glob("results*.json"))
+        found[name] = {path.stem: json.loads(path.read_text()) for path in files}
+    return found
+
+
+if __name__ == "__main__":
+    main()
