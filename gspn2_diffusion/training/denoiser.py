@@ -276,9 +276,10 @@ def check_terminated(state: TrainState) -> None:
 
 def check_fit(module: Any, encoder: Encoder) -> None:
     """Raise ConfigError unless the denoiser takes the latents and texts of the frozen models."""
+    text: Any = encoder.text_encoder
     pairs = (
         ("in_channels", "vae", encoder.vae.config.latent_channels),
-        ("caption_channels", "text_encoder", encoder.text_encoder.config.hidden_size),
+        ("caption_channels", "text_encoder", text.config.hidden_size),
     )
     for name, part, given in pairs:
         wanted = module.config.get(name)
