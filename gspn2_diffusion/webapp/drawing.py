@@ -17,7 +17,6 @@ from gspn2_diffusion.cli.adapters import LoraSwitch
 from gspn2_diffusion.cli.console import CliError, fast_imports
 from gspn2_diffusion.webapp.errors import AppError
 from gspn2_diffusion.webapp.limits import SIZE_STEP, DrawRequest
-from gspn2_diffusion.webapp.pictures import fit
 from gspn2_diffusion.webapp.samplers import build_scheduler
 from gspn2_diffusion.webapp.shelf import Shelf
 
@@ -217,11 +216,8 @@ def _callback(loaded: Loaded, stop: threading.Event, on_step: Callable[[Step], N
 def _picture_inputs(request: DrawRequest) -> dict[str, Any]:
     if request.picture is None:
         return {}
-    size = request.width, request.height
-    inputs: dict[str, Any] = {"image": fit(request.picture, *size), "strength": request.strength}
-    if request.mask is not None:
-        inputs["mask_image"] = fit(request.mask.convert("L"), *size, sharp=True)
-    return inputs
+    inputs: dict[str, Any] = {"image": request.picture, "strength": request.strength}
+    return inputs if request.mask is None else {**inputs, "mask_image": request.mask}
 
 
 def _source(request: DrawRequest) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from gspn2_diffusion.webapp.limits import (
     check_number,
     check_request,
 )
-from gspn2_diffusion.webapp.pictures import check_picture
+from gspn2_diffusion.webapp.pictures import check_picture, fitted
 from gspn2_diffusion.webapp.records import Record, Store
 from gspn2_diffusion.webapp.restore import Restored, restore
 from gspn2_diffusion.webapp.samplers import SCHEDULERS, scheduler_name
@@ -92,7 +92,8 @@ class App:
                 raise AppError(f"The {name} must be one of: {', '.join(known) or 'none for this model'}.")
         if isinstance(prompt, str) and prompt.strip():
             prompt = compose_prompt(prompt, style, background)
-        return check_request(self.limits, tuple(SCHEDULERS), prompt=prompt, **values)
+        checked = check_request(self.limits, tuple(SCHEDULERS), prompt=prompt, **values)
+        return fitted(checked)
 
     def draw(self, visitor: Hashable, request: DrawRequest) -> Generator[Event | Record, None, None]:
         """The engine's events; a finished picture also comes as a record, right after its event."""

@@ -48,8 +48,8 @@ class DrawRequest:
     """A checked wish. Picture k of ``count`` has the seed ``seed + k``; sizes in pixels.
 
     ``model`` and ``lora`` are names on the shelf, empty for the first model and for none. With a ``picture``
-    (RGB) it is image to image as far as ``strength`` says, with a ``mask`` of its size (white is drawn anew)
-    inpainting.
+    (RGB, of the size to draw) it is image to image as far as ``strength`` says, with a ``mask`` (L, white is
+    drawn anew) inpainting.
     """
 
     prompt: str

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
 from gspn2_diffusion.webapp.errors import AppError
-from gspn2_diffusion.webapp.limits import SIZE_STEP, Limits
+from gspn2_diffusion.webapp.limits import SIZE_STEP, DrawRequest, Limits
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -85,12 +86,19 @@ def painted(layers: list[Image | None]) -> Image | None:
     return mask if mask is not None and mask.getbbox() else None
 
 
-def fit(picture: Image, width: int, height: int, sharp: bool = False) -> Image:
-    """``picture`` cut around its centre to the shape of ``width x height`` and resized; masks stay sharp."""
+def fitted(request: DrawRequest) -> DrawRequest:
+    """``request`` with its picture and mask cut around their centre and resized to the size to draw."""
     from PIL import Image, ImageOps
 
-    method = Image.Resampling.NEAREST if sharp else Image.Resampling.LANCZOS
-    return ImageOps.fit(picture, (width, height), method=method)
+    if request.picture is None:
+        return request
+    size = request.width, request.height
+    picture, mask = ImageOps.fit(request.picture, size, method=Image.Resampling.LANCZOS), request.mask
+    if mask is not None:
+        mask = ImageOps.fit(mask.convert("L"), size, method=Image.Resampling.NEAREST)
+        if mask.getbbox() is None:
+            raise AppError("The mask is outside the part of the picture that is drawn.")
+    return dataclasses.replace(request, picture=picture, mask=mask)
 
 
 def check_picture(picture: Image, mask: Image | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import collections
+import dataclasses
 import html
 import itertools
 import os
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from gspn2_diffusion.webapp.limits import DrawRequest
 
 HISTORY = 40  # pictures a visitor sees
+SOURCES = 10  # of them, how many keep the picture that they were drawn from in memory
 MAX_FILES = 1000  # of all visitors; the oldest go first
 
 
@@ -63,6 +65,14 @@ class Store:
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def add_record(history: list[Record], record: Record) -> list[Record]:
+    """The history with ``record`` in front; old ones go, and before that what they were drawn from."""
+    kept = [record, *history][:HISTORY]
+    with_source = [item for item in kept if item.request and item.request.picture]
+    stale = {item.path for item in with_source[SOURCES:]}
+    return [dataclasses.replace(item, request=None) if item.path in stale else item for item in kept]
 
 
 def gallery_items(history: list[Record]) -> list[tuple[str, str]]:

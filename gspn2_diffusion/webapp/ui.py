@@ -22,8 +22,8 @@ from gspn2_diffusion.webapp.limits import (
 from gspn2_diffusion.webapp.panels import QUIET, PropagationPanel, SourcePanel, refuse, shown_iterator
 from gspn2_diffusion.webapp.preview import data_uri
 from gspn2_diffusion.webapp.records import (
-    HISTORY,
     Record,
+    add_record,
     details_html,
     differences_html,
     empty_html,
@@ -278,7 +278,7 @@ class Page:
                 if isinstance(event, (Waiting, Progress)):
                     yield self._step(event)
                 elif isinstance(event, Record):
-                    history, total = [event, *history][:HISTORY], total + 1
+                    history, total = add_record(history, event), total + 1
                     yield {
                         self.stage: picture_html(event.data_uri, event.caption),
                         self.gallery: gr.Gallery(gallery_items(history), visible=True),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,30 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def other_model(tiny_model: Path) -> Path:
+    """Another model to choose: other weights of the denoiser, and more layers."""
+    folder = tiny_model.parent / "other"
+    build_tiny_pipeline(num_layers=3).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lora_folder(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
+    """A folder with the LoRA ``ink``; None without peft."""
+    if importlib.util.find_spec("peft") is None:
+        return None
+    from peft import LoraConfig
+
+    pipe = build_tiny_pipeline()
+    pipe.transformer.add_adapter(
+        LoraConfig(r=2, target_modules=["to_q", "to_proxy"], init_lora_weights=False)
+    )
+    folder = tmp_path_factory.mktemp("loras")
+    pipe.save_lora_weights(folder, weight_name="ink.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def engine(tiny_model: Path) -> Any:
     from gspn2_diffusion.webapp.engine import Engine
     from gspn2_diffusion.webapp.shelf import build_shelf
@@ -33,12 +58,13 @@ def engine(tiny_model: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def server(tiny_model: Path) -> Iterator[Any]:
-    """The page as it is served, with a tiny model, on a free port of this machine."""
+def server(tiny_model: Path, other_model: Path, lora_folder: Path | None) -> Iterator[Any]:
+    """The page as it is served, with tiny models, on a free port of this machine."""
     pytest.importorskip("gradio", reason='needs gradio: pip install "gspn2-diffusion[app]"')
     from gspn2_diffusion.webapp.server import ServerOptions, launch
 
-    page = launch(ServerOptions(models=(str(tiny_model),), device="cpu", limits=LIMITS), block=False)
+    models = (str(tiny_model), str(other_model))
+    page = launch(ServerOptions(models, lora_folder, device="cpu", limits=LIMITS), block=False)
     assert page.app.engine.wait(120)
     yield page
     page.blocks.close()

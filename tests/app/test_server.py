@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from bad_pictures import png_of_size
 from PIL import Image
@@ -47,6 +53,126 @@ def test_generate_gives_files_with_their_settings(client: Any) -> None:
         assert picture.size == (32, 16)
     inside = read_settings(files[1])
     assert (inside.prompt, inside.seed, inside.steps) == ("a red apple", 6, 3)
+
+
+@pytest.fixture
+def dropped(tmp_path: Path) -> Path:
+    """A photo-like JPEG, wider than high."""
+    picture = Image.linear_gradient("L").resize((90, 60)).convert("RGB")
+    picture.save(tmp_path / "photo.jpg")
+    return tmp_path / "photo.jpg"
+
+
+def test_image_to_image_keeps_as_much_as_it_should(client: Any, dropped: Path) -> None:
+    drawn = {}
+    for strength in (0.05, 1.0):
+        files, (settings,) = client.predict(
+            gradio_client.handle_file(dropped),
+            **{**WISH, "steps": 20},
+            strength=strength,
+            api_name="/img2img",
+        )
+        drawn[strength] = np.asarray(Image.open(files[0]), dtype=int)
+        assert settings["source"]["task"] == "img2img"
+        assert read_settings(files[0]).source["strength"] == strength
+    files, _ = client.predict(**{**WISH, "steps": 20}, api_name="/generate")
+    plain = np.asarray(Image.open(files[0]), dtype=int)
+    assert np.array_equal(drawn[1.0], plain)  # nothing of the picture is left
+    assert abs(drawn[0.05] - plain).mean() > 10
+
+
+def test_inpainting_leaves_the_rest_as_it_was(client: Any, dropped: Path, tmp_path: Path) -> None:
+    mask = Image.new("L", (90, 60))
+    mask.paste(255, (45, 0, 90, 60))
+    mask.save(tmp_path / "mask.png")
+    files, (settings,) = client.predict(
+        gradio_client.handle_file(dropped),
+        gradio_client.handle_file(tmp_path / "mask.png"),
+        **{**WISH, "width": 48, "height": 32},
+        api_name="/inpaint",
+    )
+    drawn = np.asarray(Image.open(files[0]), dtype=int)
+    source = np.asarray(Image.open(dropped).resize((48, 32), Image.Resampling.LANCZOS), dtype=int)
+    assert abs(drawn - source)[:, :22].max() <= 1
+    assert abs(drawn - source)[:, 26:].mean() > 10
+    assert settings["source"]["task"] == "inpaint"
+
+
+def test_pictures_that_cannot_be_drawn_from(client: Any, dropped: Path, tmp_path: Path) -> None:
+    photo = gradio_client.handle_file(dropped)
+    Image.new("L", (90, 60)).save(tmp_path / "black.png")
+    Image.new("L", (30, 60), 255).save(tmp_path / "small.png")
+    (tmp_path / "bomb.png").write_bytes(png_of_size(60000, 60000))
+    for name, words in (("black.png", "mask is empty"), ("small.png", "size of the picture")):
+        with pytest.raises(Exception, match=words):
+            client.predict(photo, gradio_client.handle_file(tmp_path / name), **WISH, api_name="/inpaint")
+    with pytest.raises(Exception, match="too large") as failure:
+        client.predict(gradio_client.handle_file(tmp_path / "bomb.png"), **WISH, api_name="/img2img")
+    assert "gspn2-" not in str(failure.value)
+    with pytest.raises(Exception, match=r"strength|0\.05"):
+        client.predict(photo, **WISH, strength=0, api_name="/img2img")
+
+
+def test_propagation_is_that_of_the_chosen_point(client: Any) -> None:
+    place = {"layer": 2, "step": 3, "x": 20, "y": 9}
+    found = client.predict(**{**WISH, "height": 32}, **place, api_name="/propagation")
+    assert (found["layer"], found["call"], found["calls"], found["token"]) == (2, 3, 3, [2, 5])
+    maps = {name: np.array(values) for name, values in found["maps"].items()}
+    assert maps["all"].shape == (8, 8)
+    assert set(maps) == {"all", "down", "up", "right", "left"}
+    assert maps["down"][:2].max() == 0 < maps["down"][3:].max()
+    assert maps["left"][:, 6:].max() == 0 < maps["left"][:, :5].max()
+    assert found["reach"]["all"] > 0
+    with pytest.raises(Exception, match="layer"):
+        client.predict(**WISH, **{**place, "layer": 9}, api_name="/propagation")
+    with pytest.raises(Exception, match="step"):
+        client.predict(**WISH, **{**place, "step": 4}, api_name="/propagation")
+
+
+def test_models_and_loras_only_from_the_list(client: Any, lora_folder: Path | None) -> None:
+    pictures = {}
+    choices = [{}, {"model": "other"}, {"model": "tiny"}]
+    choices += [{"lora": "ink", "lora_weight": 0.5}, {"lora": "ink"}, {"lora": ""}] if lora_folder else []
+    for choice in choices:
+        files, (settings,) = client.predict(**WISH, **choice, api_name="/generate")
+        pictures[str(choice)] = Path(files[0]).read_bytes()
+        assert settings["model"] == choice.get("model", "tiny")
+        assert [used["weight"] for used in settings["loras"]] == (
+            [choice.get("lora_weight", 1.0)] if choice.get("lora") else []
+        )
+    assert len(set(pictures.values())) == (4 if lora_folder else 2)
+    assert pictures["{}"] == pictures[str({"model": "tiny"})]
+    for wrong in ({"model": "gspn2-emoji"}, {"model": "/etc"}, {"lora": "../ink"}, {"lora": "nothing"}):
+        with pytest.raises(Exception, match=r"choices|must be one of"):
+            client.predict(**WISH, **wrong, api_name="/generate")
+
+
+@pytest.mark.slow
+def test_as_a_program_with_port_and_password_from_the_environment(tiny_model: Path) -> None:
+    """Gradio's own variable says where, ours who may come in; without the password nothing is told."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = {"GRADIO_SERVER_PORT": str(port), "GSPN2_APP_AUTH": "ann:secret", "PYTHONUNBUFFERED": "1"}
+    program = Path(__file__).parents[2] / "app.py"
+    command = [sys.executable, str(program), "--model", str(tiny_model), "--device", "cpu"]
+    process = subprocess.Popen(command, env={**os.environ, **own}, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert f"http://127.0.0.1:{port}" in process.stdout.readline()
+        url = f"http://127.0.0.1:{port}/"
+        for route in ("config", "gradio_api/info"):
+            with pytest.raises(urllib.error.HTTPError) as failure:
+                urllib.request.urlopen(f"{url}{route}", timeout=30)
+            assert failure.value.code == 401
+        with pytest.raises(Exception, match=r"[Cc]redentials|auth|login"):
+            gradio_client.Client(url, verbose=False, auth=("ann", "wrong"))
+        inside = gradio_client.Client(url, verbose=False, auth=("ann", "secret"))
+        assert inside.predict(api_name="/info")["model"] == "tiny"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) in (0, 130)
+    finally:
+        process.kill()
 
 
 def test_random_seed_and_defaults(client: Any) -> None:
