@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import queue
 import random
 import threading
@@ -137,6 +138,7 @@ class SceneWriter:
         self.records = records
         self.options = options
         self.aspect = aspect
+        self.shape: tuple[int, int] | None = None
         self._colours = colours
         self._by_style: dict[str, list[int]] = {}
         for index, record in enumerate(records):
@@ -165,7 +167,15 @@ class SceneWriter:
         if small < count:
             layers.append(_layer(small, [scene.things[0] for scene in scenes[small:]], 0.84))
         background = torch.tensor([scene.colour for scene in scenes]).view(-1, 3, 1, 1)
-        return SceneBatch(background, layers, [scene.caption for scene in scenes])
+        return SceneBatch(background, layers, [scene.caption for scene in scenes], self.shape)
+
+    def of_shape(self, shape: tuple[int, int]) -> SceneWriter:
+        """The same writer for pictures of (height, width) pixels."""
+        other = copy.copy(self)
+        other.shape, other.aspect = shape, shape[1] / shape[0]
+        # bound methods of the copy, or scenes would be laid out for the old shape
+        other._kinds = (other._pair, other._triple, other._group, other._corner, other._single)
+        return other
 
     def _single(self, rng: random.Random) -> _Scene:
         index = rng.randrange(len(self.records))

@@ -168,6 +168,8 @@ class DenoiserConfig(RunConfig):
     natural_probability: float = option(0.0, "share of other things whose own colour is named")
     mirror_probability: float = option(0.0, "share of things mirrored (never those with letters)")
     wobble: float = option(0.0, "largest random turn in radians; sizes and colours vary along")
+    aspects: list[str] | None = option(None, "other shapes, height x width: 192x320 320x192")  # noqa: RUF009
+    aspect_share: float = option(0.25, "share of the steps that the other shapes get")
     curated: bool = option(False, "leave out near-equal drawings that nobody asks for by name")
     keep_best: str | None = option(None, "measure (such as val_unseen_pair) whose best weights are kept too")
     max_text_tokens: int = option(32, "captions are padded and cut to this length")

@@ -59,11 +59,13 @@ class SceneBatch:
         background: (N, 3, h, w) float32 in 0..1; stretched smoothly over the picture (1x1: one colour).
         layers: objects, back to front.
         captions: N captions, empty where no words are needed.
+        shape: (height, width) in pixels where the scenes are made for one; None leaves it to who draws.
     """
 
     background: Tensor
     layers: list[Layer]
     captions: list[str] = field(default_factory=list)
+    shape: tuple[int, int] | None = None
 
     def to(self, device: torch.device) -> SceneBatch:
         """The same batch on `device`; copies do not wait."""
@@ -83,12 +85,13 @@ def compose(sprites: Tensor, scenes: SceneBatch, resolution: int | tuple[int, in
     Args:
         sprites: uint8 (S, 4, side, side), RGBA with straight alpha.
         scenes: on the device of `sprites`.
-        resolution: side of the pictures in pixels, or (height, width).
+        resolution: side of the pictures in pixels, or (height, width); the scenes' own shape goes first.
 
     Returns:
         float32 (N, 3, height, width) in -1..1.
     """
     shape = (resolution, resolution) if isinstance(resolution, int) else resolution
+    shape = scenes.shape or shape
     canvas = _backdrop(scenes.background, shape)
     for layer in scenes.layers:
         colour, alpha = _placed(sprites, layer, shape)

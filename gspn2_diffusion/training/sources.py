@@ -16,12 +16,13 @@ from gspn2_diffusion.training.captions import SceneWriter
 from gspn2_diffusion.training.config import DenoiserConfig
 from gspn2_diffusion.training.data import split_records, sprites_for
 from gspn2_diffusion.training.frozen import FrozenModels
-from gspn2_diffusion.training.latents import LatentBatch, LatentFeed, SceneEncoder
+from gspn2_diffusion.training.latents import LatentBatch, SceneEncoder
 from gspn2_diffusion.training.picture_cache import Damage, Entry, PictureCache, check_not_empty
 from gspn2_diffusion.training.picture_feed import BatchPlan, PictureFeed, read_batch, to_device
 from gspn2_diffusion.training.picture_sources import find_format, open_items
 from gspn2_diffusion.training.rows import digest
 from gspn2_diffusion.training.runtime import Run
+from gspn2_diffusion.training.scene_feeds import scene_feed
 from gspn2_diffusion.training.scene_setup import scene_writer
 
 _SCENE_STREAM, VALIDATION_STREAM = 21, 23
@@ -82,16 +83,9 @@ class SceneSource:
         self._writer = scene_writer(config, records, self._sprites)
         run.say(f"{len(records):,} training pictures, {self._refresh} new scenes a step")
         self._sets = self._make_sets() if run.is_main else []
-        self._feed = LatentFeed(
-            encoder,
-            self._writer,
-            self._sprites,
-            seed=(config.seed, run.rank, _SCENE_STREAM),
-            step=step,
-            capacity=max(config.bank_size, 2 * self._refresh),
-            refresh=self._refresh,
-            initial=min(config.bank_size, 4 * config.batch_size),
-            depth=config.prefetch,
+        seed = (config.seed, run.rank, _SCENE_STREAM)
+        self._feed = scene_feed(
+            config, encoder, self._writer, self._sprites, seed=seed, step=step, refresh=self._refresh
         )
 
     @property
@@ -154,6 +148,13 @@ def sprites_of(run: Run, records: Any) -> Tensor:
     return sprites.to(run.device)
 
 
+def text_folders(config: DenoiserConfig) -> list[Path]:
+    """Folders that decide what captions are turned into."""
+    found = [config.component("text_encoder"), config.component("tokenizer")]
+    second = found[0].with_name("text_encoder_2")
+    return [*found, second] if second.is_dir() else found
+
+
 class PictureSource:
     """The user's pictures: encoded once, cached on the disk, drawn by buckets.
 
@@ -206,7 +207,7 @@ class PictureSource:
             Path(config.cache_dir or self._run.output / "cache"),
             models,
             vae_folder=config.component("vae"),
-            text_folders=[config.component("text_encoder"), config.component("tokenizer")],
+            text_folders=text_folders(config),
             buckets=Buckets(config.resolution, multiple, config.max_aspect_ratio),
             caption=config.caption,
             min_side=config.min_picture_side,
