@@ -97,7 +97,7 @@ class Bench:
     def denoiser(self) -> GSPN2Transformer2DModel:
         torch.manual_seed(0)
         with self.device:
-            model = GSPN2Transformer2DModel(**self.sizes["denoiser"])
+            model: Any = GSPN2Transformer2DModel(**self.sizes["denoiser"])
         return model.to(self.dtype).eval().requires_grad_(False)
 
     def pipeline(self) -> GSPN2Pipeline:
@@ -106,13 +106,13 @@ class Bench:
         from transformers import AutoTokenizer, BertConfig, BertModel
 
         tokenizer = AutoTokenizer.from_pretrained(embedded_model_folder("gspn2-emoji") / "tokenizer")
-        transformer = self.denoiser().to("cpu")
+        transformer: Any = self.denoiser()
         with self.device:
-            text = BertModel(
+            text: Any = BertModel(
                 BertConfig(vocab_size=len(tokenizer), max_position_embeddings=TOKENS, **self.sizes["text"])
             )
             stages = len(self.sizes["vae"])
-            vae = AutoencoderKL(
+            vae: Any = AutoencoderKL(
                 block_out_channels=self.sizes["vae"],
                 down_block_types=("DownEncoderBlock2D",) * stages,
                 up_block_types=("UpDecoderBlock2D",) * stages,
@@ -125,7 +125,7 @@ class Bench:
             tokenizer=tokenizer,
             text_encoder=text.to("cpu", self.dtype).eval(),
             vae=vae.to("cpu", self.dtype).eval(),
-            transformer=transformer,
+            transformer=transformer.to("cpu"),
             scheduler=FlowMatchEulerDiscreteScheduler(),
             max_sequence_length=TOKENS,
         )
@@ -177,7 +177,8 @@ class Bench:
         """``whole`` also compiles all layers as one graph, which takes a minute."""
         self.result["parameters"] = sum(parameter.numel() for parameter in self.denoiser().parameters())
         for batch in (2, 1):  # guidance runs two
-            self.result["speed"][f"batch {batch}"] = row = {}
+            row: dict[str, Any] = {}
+            self.result["speed"][f"batch {batch}"] = row
             self.speed_of(batch, row)
         if whole:
             self.compile_whole(self.result["speed"]["batch 2"], self.inputs(2))

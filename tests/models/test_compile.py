@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
 from tiny_denoiser import make_inputs, make_model, randomize
 
 from gspn2_diffusion.ops.reference import line_scan_reference
@@ -118,10 +117,11 @@ def test_export_and_run() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [(7, 13)])
 def test_lora_swaps_in_a_compiled_model_without_recompiling(tmp_path: Path, ranks: tuple[int, int]) -> None:
+    peft = pytest.importorskip("peft")
     inputs, expected = make_inputs(4, 4), []
     model = make_model(num_layers=1)
     for index, rank in enumerate(ranks):
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=NAMES, init_lora_weights=False)
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=NAMES, init_lora_weights=False)
         model.add_adapter(config, adapter_name=f"adapter{index}")
         model.set_adapter(f"adapter{index}")
         expected.append(model(**inputs).sample.detach())

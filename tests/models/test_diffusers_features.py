@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig
 from tiny_denoiser import make_inputs, make_model
 
 from gspn2_diffusion import GSPN2Transformer2DModel
@@ -45,10 +44,11 @@ def test_the_state_dict_names_are_stable():
 
 
 def test_lora_on_the_mixer_projections(tmp_path):
+    peft = pytest.importorskip("peft")
     model, inputs = make_model(), make_inputs()
     expected = model(**inputs).sample
     model.add_adapter(
-        LoraConfig(r=2, lora_alpha=4, target_modules=["to_proxy", "to_scan", "mixer.to_out", "to_q"])
+        peft.LoraConfig(r=2, lora_alpha=4, target_modules=["to_proxy", "to_scan", "mixer.to_out", "to_q"])
     )
     targets = {n.split(".lora_A")[0] for n, _ in model.named_parameters() if ".lora_A" in n}
     block = "transformer_blocks.0."

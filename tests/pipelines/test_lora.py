@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from tiny_models import build_tiny_pipeline
 
 from gspn2_diffusion.pipelines.pipeline_gspn2 import GSPN2Pipeline
+
+peft = pytest.importorskip("peft")
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "to_proxy", "to_scan", "mixer.to_out"]
 FILE = "pytorch_lora_weights.safetensors"
@@ -32,7 +32,7 @@ def with_adapter(name: str = "first", seed: int = 7, std: float = 0.3, **config:
     """A pipeline with one trained-looking adapter on the attention's and the mixer's projections."""
     pipe = build_tiny_pipeline()
     settings = {"r": 4, "lora_alpha": 10, "target_modules": TARGETS, "init_lora_weights": False, **config}
-    pipe.transformer.add_adapter(LoraConfig(**settings), adapter_name=name)
+    pipe.transformer.add_adapter(peft.LoraConfig(**settings), adapter_name=name)
     generator = torch.Generator().manual_seed(seed)
     for key, parameter in pipe.transformer.named_parameters():
         if "lora_A" in key or "lora_B" in key:
@@ -83,7 +83,9 @@ def test_saving_on_the_class_as_training_scripts_do(tmp_path: Path) -> None:
     source = with_adapter()
     GSPN2Pipeline.save_lora_weights(
         tmp_path,
-        transformer_lora_layers=get_peft_model_state_dict(source.transformer, adapter_name="first"),
+        transformer_lora_layers=peft.utils.get_peft_model_state_dict(
+            source.transformer, adapter_name="first"
+        ),
         transformer_lora_adapter_metadata=source.transformer.peft_config["first"].to_dict(),
         weight_name="mine.safetensors",
     )

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
 from three_pipelines import CASES, Case
 from tiny_models import build_tiny_pipeline
 
@@ -150,10 +149,11 @@ OFFLOADS = {
 
 @pytest.mark.parametrize("how", ["groups", pytest.param("models", marks=pytest.mark.gpu)])
 def test_lora_loads_into_offloaded_models(tmp_path: Path, how: str) -> None:
+    peft = pytest.importorskip("peft")
     pipe = TEXT.build()
     plain = TEXT.run(pipe)
     targets = ["to_q", "to_k", "to_v", "to_out.0", "to_proxy"]
-    pipe.transformer.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    pipe.transformer.add_adapter(peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
     expected = TEXT.run(pipe)
     pipe.save_lora_weights(tmp_path)
     other = TEXT.build()
