@@ -130,7 +130,9 @@ def make_plan(costs: Costs, height: int, width: int, guided: bool, budget: int) 
 
 def _try_plan(costs: Costs, height: int, width: int, guided: bool, budget: int) -> MemoryPlan | None:
     tokens, latents = _counts(costs, height, width)
-    whole = (max(latents),) if max(latents) <= _TILES[0] else ()  # tensors stay below 2**31 elements
+    whole = (
+        (max(*latents, _TILES[-1]),) if max(latents) <= _TILES[0] else ()
+    )  # tensors stay below 2**31 elements
     tile = next((t for t in (*whole, *_TILES) if _vae_bytes(costs, latents, t) <= budget), None)
     if tile is None:
         return None
@@ -144,7 +146,7 @@ def _try_plan(costs: Costs, height: int, width: int, guided: bool, budget: int) 
                     width,
                     budget,
                     _peak(costs, height, width, rows, chunk, tile),
-                    guidance_together=rows == 2,
+                    guidance_together=rows == 2 or not guided,
                     feed_forward_tokens=chunk,
                     vae_tile=tile,
                     vae_tiles=(-(-latents[0] // tile), -(-latents[1] // tile)),
@@ -153,8 +155,9 @@ def _try_plan(costs: Costs, height: int, width: int, guided: bool, budget: int) 
 
 
 def _counts(costs: Costs, height: int, width: int) -> tuple[int, tuple[int, int]]:
-    latents = (-(-height // costs.scale), -(-width // costs.scale))
-    return -(-latents[0] // costs.patch) * -(-latents[1] // costs.patch), latents
+    side = costs.scale * costs.patch
+    down, across = -(-height // side), -(-width // side)
+    return down * across, (down * costs.patch, across * costs.patch)
 
 
 def _peak(costs: Costs, height: int, width: int, rows: int, chunk: int | None, tile: int) -> int:

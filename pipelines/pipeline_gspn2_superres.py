@@ -145,7 +145,7 @@ class GSPN2SuperResPipeline(ImageConditionedPipeline):
         if output_path is not None:
             open_strip_file(output_path, width, height)  # the ending
             check_disk_space(output_path, width, height)
-        self._plan = plan = self.make_plan(height, width, memory_budget)
+        self._plan = plan = self.make_plan(height, width, memory_budget, self.do_classifier_free_guidance)
         logger.info("plan: %s", plan)
         try:
             with chunked_feed_forward(self.transformer, plan.feed_forward_tokens):
@@ -160,9 +160,13 @@ class GSPN2SuperResPipeline(ImageConditionedPipeline):
         return GSPN2SuperResOutput(pictures, path, plan, stages) if return_dict else (pictures,)
 
     def make_plan(
-        self, height: int, width: int, memory_budget: int | float | str | None = None
+        self,
+        height: int,
+        width: int,
+        memory_budget: int | float | str | None = None,
+        guided: bool = True,
     ) -> MemoryPlan:
-        """How a picture would be computed within ``memory_budget``, see :meth:`__call__`.
+        """How a picture would be computed within ``memory_budget``, with guidance or without.
 
         Raises:
             ValueError: it would not; says what would.
@@ -181,7 +185,7 @@ class GSPN2SuperResPipeline(ImageConditionedPipeline):
         costs = measure_costs(
             self.transformer, self.vae, self.vae_scale_factor, used + absent, device.type == "cpu"
         )
-        return make_plan(costs, height, width, self.do_classifier_free_guidance, budget)
+        return make_plan(costs, height, width, guided, budget)
 
     def _check_call(
         self, call: CallInputs, height: Any, width: Any, image: Any, sizes: Any

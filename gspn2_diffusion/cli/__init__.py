@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from gspn2_diffusion import __version__
-from gspn2_diffusion.cli import batch, console, convert, doctor, generate, info, sheet, verify
+from gspn2_diffusion.cli import batch, console, convert, doctor, generate, info, sheet, upscale, verify
 from gspn2_diffusion.webapp import command as webapp_command
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command("generate")(generate.generate)
 app.command("batch")(batch.batch)
 app.command("info")(info.info)
 app.command("sheet")(sheet.sheet)
+app.command("upscale")(upscale.upscale)
 app.command("convert")(convert.convert)
 app.command("verify")(verify.verify)
 app.command("doctor")(doctor.doctor)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from gspn2_diffusion.cli import batch, convert, doctor, generate, info, sheet, verify
+from gspn2_diffusion.cli import batch, convert, doctor, generate, info, sheet, upscale, verify
 
 COMMANDS: tuple[Callable[..., Any], ...] = (
     generate.generate,
@@ -16,6 +16,7 @@ COMMANDS: tuple[Callable[..., Any], ...] = (
     sheet.sheet,
     info.info,
     verify.verify,
+    upscale.upscale,
     convert.convert,
     doctor.doctor,
 )
