@@ -64,7 +64,8 @@ class DenoiserTask:
         self.pipeline: Any = None
         self.source = source or open_source(run, config, encoder, state)
         self._sets: list[FixedSet] = self.source.fixed_sets() if run.is_main else []
-        self.objective = make_objective(config, vae_scale(encoder))
+        scheduler = getattr(encoder, "scheduler_config", None)
+        self.objective = make_objective(config, vae_scale(encoder), scheduler)
 
     @property
     def wait_seconds(self) -> float:
@@ -84,7 +85,7 @@ class DenoiserTask:
         generator = self.run.generator(_STEP_STREAM, step * self.config.gradient_accumulation_steps + micro)
         batch, noise, levels = self.draw(micro, generator)
         question = self.objective.question(batch.latents, noise, levels)
-        return question.errors(question.ask(model, self.conditions(batch.text))).mean()
+        return question.errors(question.ask(model, self.conditions(batch))).mean()
 
     def draw(self, micro: int, generator: torch.Generator) -> tuple[LatentBatch, Tensor, Tensor]:
         """The next batch, some of its captions dropped, with noise and levels."""
@@ -104,8 +105,9 @@ class DenoiserTask:
             torch.where(gone, empty.pooled.to(text.pooled.dtype), text.pooled),
         )
 
-    def conditions(self, text: TextStates) -> dict[str, Any]:
+    def conditions(self, batch: LatentBatch) -> dict[str, Any]:
         """The model's keyword arguments."""
+        text = batch.text
         found = {"encoder_hidden_states": text.hidden, "encoder_attention_mask": text.mask}
         return found | ({"pooled_projections": text.pooled} if self._pooled else {})
 
@@ -145,7 +147,7 @@ class DenoiserTask:
             for batch, noise, levels in fixed.batches:
                 with self.run.autocast():
                     question = self.objective.question(batch.latents, noise, levels)
-                    errors.append(question.errors(question.ask(model, self.conditions(batch.text))))
+                    errors.append(question.errors(question.ask(model, self.conditions(batch))))
             found[f"val_{fixed.name}"] = float(torch.cat(errors).mean())
         return found
 
@@ -218,7 +220,9 @@ def open_source(run: Run, config: DenoiserConfig, encoder: Encoder, state: Train
     """The source of the data that the settings name, at the place where the state stands."""
     if isinstance(encoder, SceneEncoder):
         return SceneSource(run, config, encoder, state.step)
-    multiple = encoder.vae_scale * int(state.module.config.get("patch_size") or 1)
+    multiple = getattr(encoder, "multiple", None)
+    if multiple is None:
+        multiple = encoder.vae_scale * int(state.module.config.get("patch_size") or 1)
     return PictureSource(run, config, encoder, multiple=multiple, pictures=state.pictures, step=state.step)
 
 

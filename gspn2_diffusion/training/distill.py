@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gspn2_diffusion.training import checkpoint as ckpt
 from gspn2_diffusion.training.alignment import BlockAlignment, EndToEnd
+from gspn2_diffusion.training.config import ConfigError, model_folder
 from gspn2_diffusion.training.denoiser import (
     DenoiserTask,
     Encoder,
@@ -23,8 +24,11 @@ from gspn2_diffusion.training.denoiser import (
     plain_config,
 )
 from gspn2_diffusion.training.distill_config import DistillConfig
+from gspn2_diffusion.training.latents import LatentBatch
 from gspn2_diffusion.training.loop import TrainState, fit, prepare_state
+from gspn2_diffusion.training.picture_sources import find_format
 from gspn2_diffusion.training.runtime import Run, parameter_count
+from gspn2_diffusion.training.stock import StockModels, load_stock
 from gspn2_diffusion.training.students import find_sites, load_teacher, make_student
 
 _STEP_STREAM = 41
@@ -54,7 +58,22 @@ class DistillTask(DenoiserTask):
         number = step * self.config.gradient_accumulation_steps + micro
         batch, noise, levels = self.draw(micro, self.run.generator(_STEP_STREAM, number))
         question = self.objective.question(batch.latents, noise, levels)
-        return model(question, self.conditions(batch.text))
+        return model(question, self.conditions(batch))
+
+    def conditions(self, batch: LatentBatch) -> dict[str, Any]:
+        """The keyword arguments of our model, or of one of diffusers'."""
+        if isinstance(self.encoder, StockModels):
+            return self.encoder.conditions(batch.text, batch.latents)
+        return super().conditions(batch)
+
+    def build_pipeline(self) -> Any:
+        """The sampling pipeline around the averaged student."""
+        if not isinstance(self.encoder, StockModels):
+            return super().build_pipeline()
+        model = self.judge()
+        if self.pipeline is None:
+            self.pipeline = self.encoder.with_denoiser(model)
+        return self.pipeline
 
     def judge(self) -> Any:
         """A copy of the student with the averaged weights, in the type that is shipped."""
@@ -126,8 +145,9 @@ def train_distilled(run: Run, config: DistillConfig) -> Path:
     Returns:
         The student's folder.
     """
-    encoder = load_encoder(run, config)
     teacher = load_teacher(config.teacher_folder(), run.half).to(run.device)
+    encoder, config = _encoder(run, config, teacher)
+    run = dataclasses.replace(run, config=config)
     student = make_student(teacher, config).to(run.device)
     sites = find_sites(teacher, student)
     run.say(
@@ -152,7 +172,24 @@ def train_distilled(run: Run, config: DistillConfig) -> Path:
     if run.is_main:
         _finish(task, run)
     run.accelerator.wait_for_everyone()
-    return run.output / "transformer"
+    return run.output / _component(encoder)
+
+
+def _encoder(run: Run, config: DistillConfig, teacher: Any) -> tuple[Encoder, DistillConfig]:
+    """The frozen models that go with the teacher, and the settings with its kind of prediction."""
+    if type(teacher).__name__ == "GSPN2Transformer2DModel":
+        return load_encoder(run, config), config
+    kind = find_format(config.data) if config.data_format == "auto" else config.data_format
+    if kind == "emoji":
+        raise ConfigError("`data`: emoji scenes are for our own models; give a folder of pictures")
+    folder = model_folder(str(config.pretrained))
+    stock = load_stock(folder, teacher, run.half, config.max_text_tokens)
+    return stock, dataclasses.replace(config, prediction=stock.prediction)
+
+
+def _component(encoder: Encoder) -> str:
+    """Name of the denoiser in its pipeline."""
+    return encoder.component if isinstance(encoder, StockModels) else "transformer"
 
 
 def _align(run: Run, config: DistillConfig, encoder: Encoder, models: tuple[Any, Any, Any], gap: Gap) -> None:
@@ -208,10 +245,11 @@ def _stage(
 def _finish(task: DistillTask, run: Run) -> None:
     """The student alone; adapters and teacher stay behind."""
     model = task.judge().to(torch.bfloat16)
-    part = run.output / ".transformer.part"
+    target = run.output / _component(task.encoder)
+    part = target.with_name(f".{target.name}.part")
     model.save_pretrained(part)
-    ckpt.replace_folder(part, run.output / "transformer")
-    run.say(f"wrote {run.output / 'transformer'}")
+    ckpt.replace_folder(part, target)
+    run.say(f"wrote {target}")
     task.judge().to(run.half)
     task.final_sheet(task.state.step)
     if task.config.save_pipeline:

@@ -117,7 +117,7 @@ class LoraTask(DenoiserTask):
         finally:
             self.source = instance
         question = self.objective.question(batch.latents, noise, levels)
-        prior = question.errors(question.ask(model, self.conditions(batch.text))).mean()
+        prior = question.errors(question.ask(model, self.conditions(batch))).mean()
         return own + self.config.prior_weight * prior
 
     def _make_judge(self) -> Any:

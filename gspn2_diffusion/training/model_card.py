@@ -40,11 +40,13 @@ def write_card(folder: Path, config: DenoiserConfig, state: TrainState, run: Run
     if (folder / "README.md").exists():
         return
     part = folder / ".README.md.part"
-    part.write_text(card_text(config, state, run), encoding="utf-8")
+    part.write_text(card_text(config, state, run, folder), encoding="utf-8")
     part.replace(folder / "README.md")
 
 
-def card_text(config: DenoiserConfig, state: TrainState, run: Run, adapter: bool = False) -> str:
+def card_text(
+    config: DenoiserConfig, state: TrainState, run: Run, folder: Path | None = None, adapter: bool = False
+) -> str:
     """Markdown with the front matter that the Hub reads; of an adapter, or of a whole pipeline."""
     rows = [f"| {name} | {getattr(config, name)} |" for name in _SHOWN if hasattr(config, name)]
     about = describe_environment()
@@ -52,12 +54,7 @@ def card_text(config: DenoiserConfig, state: TrainState, run: Run, adapter: bool
     tags = "- gspn-2\n- text-to-image\n" + ("- lora\n" if adapter else "")
     front = f"---\nlibrary_name: diffusers\npipeline_tag: text-to-image\ntags:\n{tags}---\n"
     base = _base_name(config) if adapter else "this folder"
-    use = (
-        "```python\nfrom gspn2_diffusion import GSPN2Pipeline\n\n"
-        f'pipe = GSPN2Pipeline.from_pretrained("{base}")\n'
-        + ('pipe.load_lora_weights("this folder")\n' if adapter else "")
-        + 'pipe("a prompt").images[0].save("picture.png")\n```\n'
-    )
+    use = _usage(folder, f'"{base}"', adapter)
     title = "# A LoRA adapter for a GSPN-2 model\n" if adapter else "# A GSPN-2 text-to-image model\n"
     measures = "".join(f"- {name}: {value:.4f}\n" for name, value in last_measures(run.output).items())
     return "\n".join(
@@ -76,6 +73,23 @@ def card_text(config: DenoiserConfig, state: TrainState, run: Run, adapter: bool
             "State the licence of the pictures, what the model is for, and what it should not be used for.\n",
         ]
     )
+
+
+def _usage(folder: Path | None, source: str, adapter: bool) -> str:
+    """How to draw with it: with our pipeline, or with the one of diffusers that the folder names."""
+    index = None if folder is None else folder / "model_index.json"
+    name = json.loads(index.read_text(encoding="utf-8"))["_class_name"] if index and index.is_file() else ""
+    if isinstance(name, str) and name and not name.startswith("GSPN2"):
+        lines = [
+            "import gspn2_diffusion  # knows the converted denoiser",
+            "from diffusers import DiffusionPipeline",
+        ]
+        kind = "DiffusionPipeline"
+    else:
+        lines, kind = ["from gspn2_diffusion import GSPN2Pipeline"], "GSPN2Pipeline"
+    lines += ["", f"pipe = {kind}.from_pretrained({source})"]
+    lines += ['pipe.load_lora_weights("this folder")'] if adapter else []
+    return "\n".join(["```python", *lines, 'pipe("a prompt").images[0].save("picture.png")', "```\n"])
 
 
 def _base_name(config: DenoiserConfig) -> str:
