@@ -28,13 +28,14 @@ def mixer_variants(base: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def ablation_variants(base: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What users can choose: proxy width, weight groups, chunks, the local perception unit."""
+    """What users can choose: proxy width, weight groups, directions, chunks, the local perception unit."""
     dim = int(base["num_attention_heads"]) * int(base["attention_head_dim"])
     return {
         "base": {},
         "proxy-C/8": {"proxy_dim": dim // 8},
         "proxy-C/2": {"proxy_dim": dim // 2},
         "weights-per-channel": {"num_weight_groups": int(base["proxy_dim"] or dim // 8)},
+        "down-and-right": {"scan_directions": ["down", "right"]},
         "chunks-of-4": {"chunk_size": 4},
         "chunks-of-8": {"chunk_size": 8},
         "no-local-perception": {"local_perception": False},

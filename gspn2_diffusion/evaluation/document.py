@@ -164,7 +164,9 @@ def _resolutions(study: Mapping[str, Any], evaluations: Mapping[str, dict[str, A
     """The same weights at sizes that they were not trained for."""
     judged = dict(_MEASURES)
     rows = [["model", "height x width", *(judged[key] for key in _SHORT)]]
-    found = {name.removeprefix("evaluation-").rpartition("-")[0]: [] for name in evaluations if _sized(name)}
+    found: dict[str, list[Any]] = {
+        name.removeprefix("evaluation-").rpartition("-")[0]: [] for name in evaluations if _sized(name)
+    }
     for name, facts in evaluations.items():
         if _sized(name):
             found[name.removeprefix("evaluation-").rpartition("-")[0]].append(facts)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from gspn2_diffusion.layers.attention import AttentionMixer, make_cross_attention
 from gspn2_diffusion.layers.feed_forward import LocalPerceptionUnit, make_feed_forward
 from gspn2_diffusion.layers.mixer import GSPN2Mixer
+from gspn2_diffusion.ops.line_scan import DIRECTIONS
 
 MIXERS = ("gspn2", "softmax", "linear", "none")
 
@@ -24,6 +27,7 @@ def make_mixer(
     proxy_dim: int | None,
     num_weight_groups: int,
     chunk_size: int | None,
+    scan_directions: Sequence[str] | None = None,
 ) -> nn.Module | None:
     """The mixer called ``name`` (one of :data:`MIXERS`), or None for "none".
 
@@ -33,7 +37,8 @@ def make_mixer(
     if name == "none":
         return None
     if name == "gspn2":
-        return GSPN2Mixer(dim, proxy_dim, num_weight_groups, chunk_size)
+        directions = DIRECTIONS if scan_directions is None else scan_directions
+        return GSPN2Mixer(dim, proxy_dim, num_weight_groups, chunk_size, directions)
     if name in ("softmax", "linear"):
         return AttentionMixer(dim, num_attention_heads, name)
     raise ValueError(f"mixer must be one of {MIXERS}, got {name!r}.")
@@ -53,7 +58,7 @@ class GSPN2TransformerBlock(nn.Module):
         cross_attention_inner_dim: width inside the cross-attention.
         mlp_ratio: hidden width of the feed-forward over ``dim`` (rounded to a multiple of 32).
         mixer: one of :data:`MIXERS`.
-        proxy_dim, num_weight_groups, chunk_size: see :class:`GSPN2Mixer`.
+        proxy_dim, num_weight_groups, chunk_size, scan_directions: see :class:`GSPN2Mixer`.
         local_perception: include the local perception unit.
         norm_eps: epsilon of the LayerNorms.
     """
@@ -71,10 +76,13 @@ class GSPN2TransformerBlock(nn.Module):
         chunk_size: int | None = None,
         local_perception: bool = True,
         norm_eps: float = 1e-6,
+        scan_directions: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
-        self.mixer = make_mixer(mixer, dim, num_attention_heads, proxy_dim, num_weight_groups, chunk_size)
+        self.mixer = make_mixer(
+            mixer, dim, num_attention_heads, proxy_dim, num_weight_groups, chunk_size, scan_directions
+        )
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
         self.cross_attn = make_cross_attention(dim, cross_attention_inner_dim, num_cross_attention_heads)
         self.local_perception = LocalPerceptionUnit(dim) if local_perception else None

@@ -55,6 +55,7 @@ class GSPN2Transformer2DModel(  # type: ignore[misc]
         chunk_size: lines after which a scan restarts (GSPN-local); None for whole pictures.
         local_perception: a depthwise 3x3 convolution before every feed-forward.
         norm_eps: epsilon of the LayerNorms.
+        scan_directions: a choice of "down", "up", "right", "left"; None for all four.
 
     Raises:
         ValueError: a configuration value out of range; the message names it.
@@ -93,6 +94,7 @@ class GSPN2Transformer2DModel(  # type: ignore[misc]
         chunk_size: int | None = None,
         local_perception: bool = True,
         norm_eps: float = 1e-6,
+        scan_directions: list[str] | None = None,
     ) -> None:
         super().__init__()
         check_config(dict(self.config))
@@ -118,6 +120,7 @@ class GSPN2Transformer2DModel(  # type: ignore[misc]
                 chunk_size=chunk_size,
                 local_perception=local_perception,
                 norm_eps=norm_eps,
+                scan_directions=scan_directions,
             )
             for name in mixer_per_layer(mixer, num_layers)
         )

@@ -23,6 +23,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
         ({"proxy_dim": 6, "num_weight_groups": 4}, "num_weight_groups must divide proxy_dim"),
         ({"proxy_dim": 0}, "proxy_dim must be a positive integer or None, got 0"),
         ({"chunk_size": -1}, "chunk_size must be"),
+        ({"scan_directions": ["up", "sideways"]}, "directions must be"),
         ({"num_layers": 0}, "num_layers must be a positive integer, got 0"),
         ({"patch_size": 1.5}, "patch_size must be a positive integer, got 1.5"),
         ({"mlp_ratio": 0}, "mlp_ratio must be a positive number"),
@@ -67,6 +68,13 @@ def test_pooled_text_for_a_model_without_it_is_refused():
     with pytest.raises(ValueError, match="pooled_projections must be None"):
         model(**make_inputs())
     assert model(**make_inputs(pooled=False)).sample.shape == (2, 3, 6, 10)
+
+
+def test_scan_directions_are_those_of_every_mixer():
+    model = make_model(scan_directions=["down", "right"])
+    assert {block.mixer.directions for block in model.transformer_blocks} == {("down", "right")}
+    assert make_model().transformer_blocks[0].mixer.directions == ("down", "up", "right", "left")
+    assert model(**make_inputs()).sample.shape == (2, 3, 6, 10)
 
 
 def test_the_emoji_preset_fits_its_budget():
