@@ -40,6 +40,7 @@ class RunConfig:
     max_train_minutes: float | None = option(None, "end this many minutes after this process started")
     learning_rate: float = option(1e-3, "peak learning rate")
     warmup_steps: int = option(100, "linear warm-up, counted from where the optimiser started")
+    lr_schedule: str = option("linear", "shape of the final decay: linear, cosine, or constant for none")
     lr_decay_fraction: float = option(0.3, "last share of the budget over which the rate falls to zero")
     optimizer: str = option("adamw", "adamw (fused on CUDA), adamw8bit (8-bit moments) or muon")
     adam_beta1: float = option(0.9, "first moment")
@@ -76,6 +77,7 @@ class RunConfig:
         if self.max_train_steps is None and self.max_train_minutes is None:
             raise ConfigError("give `max_train_steps` or `max_train_minutes`, or both")
         _among("optimizer", self.optimizer, ("adamw", "adamw8bit", "muon"))
+        _among("lr_schedule", self.lr_schedule, ("linear", "cosine", "constant"))
         _among("progress_bar", self.progress_bar, ("auto", "yes", "no"))
         _among("mixed_precision", self.mixed_precision, ("bf16", "no"))
         _among("compile_scope", self.compile_scope, ("blocks", "model"))

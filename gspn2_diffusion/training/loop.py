@@ -54,7 +54,11 @@ def fit(run: Run, state: TrainState, task: Task) -> None:
     first, tick = state.step, conductor.tick(state.step)
     while not tick.stop:
         factor = learning_rate_factor(
-            tick.progress, state.step - state.warm_from, config.warmup_steps, config.lr_decay_fraction
+            tick.progress,
+            state.step - state.warm_from,
+            config.warmup_steps,
+            config.lr_decay_fraction,
+            config.lr_schedule,
         )
         rate = config.learning_rate * factor
         set_learning_rate(state.optimizer, rate)
@@ -79,11 +83,14 @@ def _check_gradients(guard: Guard, task: Task) -> None:
     step = guard.first_bad_step()
     if step is None:
         return
-    describe = getattr(task, "describe_batch", None)
-    batch = f" (batch: {describe(step)})" if describe else ""
     raise TrainingDivergedError(
-        f"the gradient of step {step} is not finite{batch}; no later checkpoint was written"
+        f"the gradient of step {step} is not finite{_batch(task, step)}; no later checkpoint was written"
     )
+
+
+def _batch(task: Task, step: int) -> str:
+    describe = getattr(task, "describe_batch", None)
+    return f" (batch: {describe(step)})" if describe else ""
 
 
 def _check_all(guard: Guard, state: TrainState, task: Task) -> None:
@@ -91,7 +98,8 @@ def _check_all(guard: Guard, state: TrainState, task: Task) -> None:
     _check_gradients(guard, task)
     if not weights_are_finite(state.module):
         raise TrainingDivergedError(
-            f"weights are not finite after step {state.step - 1}; they were not written"
+            f"weights are not finite after step {state.step - 1}{_batch(task, state.step - 1)}; "
+            "they were not written"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -16,19 +17,23 @@ from gspn2_diffusion.training.config import RunConfig
 ACTIONS = ("validate", "sample", "checkpoint")
 
 
-def learning_rate_factor(progress: float, steps: int, warmup_steps: int, decay_fraction: float) -> float:
-    """Warm-up, constant, linear decay to zero (WSD).
+def learning_rate_factor(
+    progress: float, steps: int, warmup_steps: int, decay_fraction: float, shape: str = "linear"
+) -> float:
+    """Warm-up, constant, decay to zero (WSD; with "cosine" and a fraction of 1 the usual cosine).
 
     Args:
         progress: used share of the budget, 0 to 1.
         steps: optimiser steps since the optimiser started.
         warmup_steps: length of the linear warm-up.
         decay_fraction: last share of the budget over which the factor falls to 0.
+        shape: "linear", "cosine" or "constant" (no decay).
     """
     warm = min(1.0, (steps + 1) / max(1, warmup_steps))
-    if decay_fraction <= 0.0:
+    if decay_fraction <= 0.0 or shape == "constant":
         return warm
-    return warm * min(1.0, max(0.0, 1.0 - progress) / decay_fraction)
+    left = min(1.0, max(0.0, 1.0 - progress) / decay_fraction)
+    return warm * (left if shape == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
 
 
 @dataclass(frozen=True)

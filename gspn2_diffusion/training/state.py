@@ -202,7 +202,7 @@ def prepare_state(run: Run, module: Any, architecture: dict[str, Any]) -> TrainS
         decay=config.ema_decay,
         use_ema_warmup=True,
         power=0.75,
-        foreach=run.compiled_device,
+        foreach=run.compiled_device and not run.fsdp,
     )
     state = TrainState(module, module, optimizer, ema, architecture, sharded=is_sharded(module))
     if state.sharded:
@@ -216,6 +216,7 @@ def prepare_state(run: Run, module: Any, architecture: dict[str, Any]) -> TrainS
     if source is not None:
         state.load(source)
         run.say(f"resumed from {source}: step {state.step}, {state.pictures:,} pictures")
-    compile_in_place(run, module)
+    if not state.sharded:  # sharded blocks have another class, and their hooks would break every graph
+        compile_in_place(run, module)
     state.model = run.accelerator.prepare(module) if run.world > 1 and not state.sharded else module
     return state

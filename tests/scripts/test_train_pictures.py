@@ -91,6 +91,14 @@ def test_eight_pictures_are_learnt_by_heart(root, tmp_path):
     assert losses[-1] < 0.1 * losses[0]
 
 
+def test_a_bad_batch_is_named(root, tmp_path):
+    from gspn2_diffusion.training.loop import TrainingDivergedError
+
+    changes = {"learning_rate": 1e30, "warmup_steps": 1, "max_train_steps": 30, "checkpoint_steps": 1}
+    with pytest.raises(TrainingDivergedError, match=r"not finite.* \(batch: .*\.png"):
+        train(root, tmp_path / "run", **changes)
+
+
 def test_data_without_captions_end_with_one_line(root, tmp_path):
     bare = tiny_pictures.write_sidecars(tmp_path / "bare", count=2)
     for file in bare.glob("*.txt"):

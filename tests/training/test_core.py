@@ -57,6 +57,9 @@ def test_rate_warms_up_stays_and_ends_at_zero():
     assert learning_rate_factor(0.9, 100, 10, 0.2) == pytest.approx(0.5)
     assert learning_rate_factor(1.0, 100, 10, 0.2) == 0.0
     assert learning_rate_factor(1.0, 100, 10, 0.0) == 1.0
+    assert learning_rate_factor(0.25, 100, 10, 1.0, "cosine") == pytest.approx(0.5 + 0.5**1.5)
+    assert learning_rate_factor(1.0, 100, 10, 1.0, "cosine") == pytest.approx(0.0)
+    assert learning_rate_factor(1.0, 100, 10, 0.5, "constant") == 1.0
 
 
 def test_conductor_follows_steps_and_minutes(monkeypatch):
