@@ -9,7 +9,6 @@ from typing import Any
 
 import gradio as gr
 from PIL import Image as Pictures
-from PIL.Image import Image
 
 from gspn2_diffusion.webapp.engine import Looked, Progress, Waiting
 from gspn2_diffusion.webapp.errors import AppError
@@ -38,11 +37,8 @@ def shown_iterator(items: Iterator[Any]) -> Iterator[Any]:
         raise refuse(error) from None
 
 
-def _read(path: str, limits: Limits) -> Image:
-    try:
-        return read_picture(path, limits)
-    except AppError as error:
-        raise refuse(error) from None
+def _path_only(payload: Any) -> str | None:
+    return payload.path if payload else None
 
 
 class SourcePanel:
@@ -51,10 +47,8 @@ class SourcePanel:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         gr.Markdown("Drop a picture: it is drawn anew after the prompt, as far as the strength says.")
-        # A path, and no mode to convert to: then Gradio leaves decoding to us, after our checks.
         self.picture = gr.Image(
             type="filepath",
-            image_mode=None,
             format="png",
             show_label=False,
             sources=["upload", "clipboard"],
@@ -62,6 +56,8 @@ class SourcePanel:
             buttons=[],
             elem_id="g2-source",
         )
+        # Gradio would decode whatever came; here a path is enough, which our checks see first.
+        self.picture.preprocess = _path_only  # type: ignore[method-assign]
         self.strength = gr.Slider(
             MIN_STRENGTH, 1, 0.6, step=0.05, label="Strength: how much is drawn anew", elem_id="g2-strength"
         )
@@ -109,7 +105,10 @@ class SourcePanel:
         shown = bool(masked and picture)
         value: Any = None
         if shown:
-            opened = _read(picture, self._limits)
+            try:
+                opened = read_picture(picture, self._limits)
+            except AppError as error:
+                raise refuse(error) from None
             opened.thumbnail((_EDITED_SIDE, _EDITED_SIDE))
             value = {"background": opened, "layers": [], "composite": opened}
         return gr.Slider(value=1.0 if masked else 0.6), gr.ImageEditor(visible=shown, value=value)
@@ -121,18 +120,29 @@ class SourcePanel:
 
     def connect(self, app: App, sizes: list[Any], free: str) -> None:
         """Events of the panel. ``sizes`` are width, height and shape, of which ``free`` is one value."""
+        changed = [self.picture, *sizes, *self.updated]
         for event in (self.picture.upload, self.picture.clear):
-            event(
-                lambda picture: self.taken(app, picture, free), self.picture, [*sizes, *self.updated], **QUIET
-            )
+            event(lambda picture: self._on_picture(app, picture, free), self.picture, changed, **QUIET)
         self.masked.input(self.toggle, [self.picture, self.masked], [self.strength, self.editor], **QUIET)
 
+    def _on_picture(self, app: App, picture: Any, free: str) -> list[Any]:
+        """A picture that cannot be used is taken out again."""
+        try:
+            return [gr.skip(), *self.taken(app, picture, free)]
+        except AppError as error:
+            gr.Warning(str(error))
+            return [None, *self.taken(app, None, free)]
+
     def taken(self, app: App, picture: Any, free: str) -> list[Any]:
-        """Updates of width, height, shape and :attr:`updated` for another picture, or none."""
+        """Updates of width, height, shape and :attr:`updated` for another picture, or none.
+
+        Raises:
+            AppError: it cannot be used.
+        """
         sizes: list[Any] = [gr.skip()] * 3
         if picture:
             low, high = app.limits.min_side, app.limits.side
-            sizes = [*natural_size(_read(picture, self._limits).size, app.base, low, high), free]
+            sizes = [*natural_size(read_picture(picture, self._limits).size, app.base, low, high), free]
         shown = gr.Checkbox(value=False, visible=bool(picture))
         return [*sizes, shown, gr.Slider(value=0.6), gr.ImageEditor(visible=False, value=None)]
 
