@@ -1,4 +1,4 @@
-"""Running a denoiser with less memory and the same result."""
+"""Running a denoiser at sizes that it was not trained for: with less memory, and with scans in balance."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from gspn2_diffusion.layers.mixer import GSPN2Mixer
 
 
 @contextlib.contextmanager
@@ -43,6 +45,48 @@ def _in_chunks(forward: Callable[[torch.Tensor], torch.Tensor], tokens: int) -> 
         return out
 
     return run
+
+
+@contextlib.contextmanager
+def balanced_scans(transformer: Any, height: int, width: int) -> Iterator[None]:
+    """Within the block, line scans weigh as much as they did at the size of training.
+
+    A scan adds up what it meets along its way, so its output grows with the number of lines, and a picture
+    twice as large gets twice the mixing that the following layers are used to. Each direction's output is
+    therefore multiplied by the trained number of lines over the present one, if that is below 1.
+
+    Args:
+        transformer: a ``GSPN2Transformer2DModel``; ``sample_size`` says what it was trained on.
+        height, width: latents of the picture.
+    """
+    native = transformer.config.sample_size
+    vertical, horizontal = min(1.0, native / height), min(1.0, native / width)
+    shares = {"down": vertical, "up": vertical, "right": horizontal, "left": horizontal}
+    handles = []
+    if vertical < 1 or horizontal < 1:
+        for module in transformer.modules():
+            if isinstance(module, GSPN2Mixer) and module.chunk_size is None:
+                factors = torch.tensor([shares[direction] for direction in module.directions])
+                factors = factors.repeat_interleave(module.proxy_dim)
+                handles.append(module.to_out.register_forward_pre_hook(_multiply(factors)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _multiply(factors: torch.Tensor) -> Callable[[nn.Module, tuple[torch.Tensor]], tuple[torch.Tensor]]:
+    placed: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+
+    def hook(_: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        x = args[0]
+        key = (x.device, x.dtype)
+        if key not in placed:
+            placed[key] = factors.to(*key)
+        return (x * placed[key],)
+
+    return hook
 
 
 def one_by_one(function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:

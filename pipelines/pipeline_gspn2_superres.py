@@ -21,7 +21,7 @@ from gspn2_diffusion.pipelines.call import EMBEDS, CallInputs, Generators, StepC
 from gspn2_diffusion.pipelines.guidance import Guidance
 from gspn2_diffusion.pipelines.image_conditioned import ImageConditionedPipeline
 from gspn2_diffusion.pipelines.image_inputs import picture_size
-from gspn2_diffusion.pipelines.low_memory import chunked_feed_forward, one_by_one
+from gspn2_diffusion.pipelines.low_memory import balanced_scans, chunked_feed_forward, one_by_one
 from gspn2_diffusion.pipelines.memory_plan import (
     MemoryPlan,
     make_plan,
@@ -69,6 +69,7 @@ class GSPN2SuperResPipeline(ImageConditionedPipeline):
     """
 
     _plan: MemoryPlan | None = None
+    _balanced: bool = True
 
     @torch.no_grad()
     def __call__(
@@ -83,6 +84,7 @@ class GSPN2SuperResPipeline(ImageConditionedPipeline):
         guidance_scale: float = 4.0,
         sizes: Sequence[tuple[int, int]] | None = None,
         memory_budget: int | float | str | None = None,
+        balance_scans: bool = True,
         generator: Generators | None = None,
         output_type: str = "pil",
         output_path: str | os.PathLike[str] | None = None,
@@ -109,6 +111,9 @@ class GSPN2SuperResPipeline(ImageConditionedPipeline):
                 from the size of training (or of ``image``) on, twice as large each time.
             memory_budget: bytes, or a text like "12GB", that may be in use on the device; by default nine
                 tenths of what is free. The plan made from it is logged and in the output.
+            balance_scans: keep the weight that line scans had at the size of training (see
+                :func:`~gspn2_diffusion.pipelines.low_memory.balanced_scans`); off for a model trained at
+                many sizes.
             generator: draws the noise of all stages in turn.
             output_type: "pil", "np", "pt" or "latent", see :class:`GSPN2PipelineOutput`.
             output_path: a file ending in .png, .tif or .tiff. The picture is written in strips and never in
@@ -146,6 +151,7 @@ class GSPN2SuperResPipeline(ImageConditionedPipeline):
             open_strip_file(output_path, width, height)  # the ending
             check_disk_space(output_path, width, height)
         self._plan = plan = self.make_plan(height, width, memory_budget, self.do_classifier_free_guidance)
+        self._balanced = balance_scans
         logger.info("plan: %s", plan)
         try:
             with chunked_feed_forward(self.transformer, plan.feed_forward_tokens):
@@ -225,8 +231,14 @@ class GSPN2SuperResPipeline(ImageConditionedPipeline):
             self.scheduler.set_begin_index(0)
         tensors = self.encode_call(call, device)
         tensors["latents"] = self.prepare_latents(1, *size, device, call.generator)
-        self.denoise(tensors, steps, count, call)
+        self._denoise(tensors, steps, count, call)
         return tensors["latents"]
+
+    def _denoise(self, tensors: dict[str, Any], steps: torch.Tensor, count: int, call: CallInputs) -> None:
+        height, width = tensors["latents"].shape[-2:]
+        balanced = balanced_scans(self.transformer, height, width) if self._balanced else nullcontext()
+        with balanced:
+            self.denoise(tensors, steps, count, call)
 
     def _refine(
         self, call: CallInputs, latents: torch.Tensor, size: tuple[int, int], strength: float
@@ -242,7 +254,7 @@ class GSPN2SuperResPipeline(ImageConditionedPipeline):
         tensors["image_latents"] = latents
         tensors["noise"] = self.prepare_latents(1, *size, device, call.generator)
         tensors["latents"] = self.noised(tensors, 0)
-        self.denoise(tensors, steps, count, call)
+        self._denoise(tensors, steps, count, call)
         return tensors["latents"]
 
     def run_transformer(self, latents: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:

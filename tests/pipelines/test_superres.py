@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_models import build_tiny_pipeline, tiny_vae
 
 from gspn2_diffusion import GSPN2SuperResPipeline
-from gspn2_diffusion.pipelines import pipeline_gspn2_superres, tiled_vae
+from gspn2_diffusion.pipelines import low_memory, pipeline_gspn2_superres, tiled_vae
 from gspn2_diffusion.pipelines.memory_plan import Costs, MemoryPlan, make_plan, parse_budget, plan_sizes
 
 PROMPT = "a red apple"
@@ -239,6 +239,42 @@ def test_stages_and_strengths_by_hand(shared):
     )
     assert result.sizes == [(16, 16), (20, 24), (32, 32)]
     assert calls == [8] * 3 + [12] * 2 + [16] * 3
+
+
+def test_scans_are_balanced_per_direction_and_put_back(shared):
+    """Mixers without local variation: uniform tokens give sums over lines, which balancing makes means."""
+    mixer = shared.transformer.transformer_blocks[0].mixer
+    seen: list[torch.Tensor] = []
+    tokens = torch.ones(1, 8 * 16, mixer.dim)
+    for height, width in ((8, 8), (8, 16), (16, 8)):
+        with low_memory.balanced_scans(shared.transformer, height, width), torch.no_grad():
+            handle = mixer.to_out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+            mixer(tokens[:, : height * width], height, width)
+            handle.remove()
+    (vertical, horizontal), (_, wide), (tall, _) = ((s.chunk(2, -1)[0], s.chunk(2, -1)[1]) for s in seen)
+    with torch.no_grad():
+        plain_wide = mixer_input(mixer, tokens, 8, 16).chunk(2, -1)[1]
+        plain_tall = mixer_input(mixer, tokens, 16, 8).chunk(2, -1)[0]
+    assert mixer.directions == ("down", "up", "right", "left")
+    assert torch.allclose(wide, plain_wide / 2)
+    assert torch.allclose(tall, plain_tall / 2)
+    assert vertical.shape == horizontal.shape
+    assert not mixer.to_out._forward_pre_hooks
+
+
+def mixer_input(mixer, tokens, height, width):
+    seen = []
+    handle = mixer.to_out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    mixer(tokens, height, width)
+    handle.remove()
+    return seen[0]
+
+
+def test_balance_matters_only_above_the_size_of_training(shared):
+    small, large = ({"height": size, "width": size} for size in (16, 32))
+    for options, differs in ((small, False), (large, True)):
+        pictures = [draw(shared, **options, balance_scans=value).images for value in (True, False)]
+        assert np.array_equal(*pictures) is not differs
 
 
 def test_interrupting_stops_the_stages(shared):

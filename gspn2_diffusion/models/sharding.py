@@ -1,0 +1,192 @@
+"""One picture on several GPUs: rows of tokens shared out between layers, channels inside the scan.
+
+Everything in a block but the scan is local to a token (or to its neighbours, in the local perception unit),
+so each rank keeps some rows of the picture. The scan needs all rows but treats every proxy channel alone, so
+inside it each rank holds some channels of the whole picture: one all-to-all before the scan, one after. The
+result is that of one GPU up to the rounding of matrix products of other shapes.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from gspn2_diffusion.layers.feed_forward import LocalPerceptionUnit
+from gspn2_diffusion.layers.mixer import GSPN2Mixer
+from gspn2_diffusion.ops.line_scan import line_scan
+
+
+def shard_rows(transformer: Any, group: dist.ProcessGroup | None = None) -> Any:
+    """Make every rank of ``group`` compute its share of each picture; in place, for inference.
+
+    All ranks must call the model (or a pipeline around it) with the same arguments and get the same result.
+    State dictionaries, saving and LoRA keep their names; :func:`unshard_rows` takes it back.
+
+    Args:
+        transformer: a ``GSPN2Transformer2DModel`` whose mixers are "gspn2" or "none".
+        group: of torch.distributed, which must be initialised; None for all ranks.
+
+    Returns:
+        ``transformer``.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised.
+        ValueError: a mixer that is no line scan, or channels that the ranks do not divide.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError("shard_rows needs torch.distributed: start with torchrun and init_process_group.")
+    if "_rows_unsharded" in transformer.__dict__:
+        raise ValueError("transformer is sharded already: call unshard_rows first.")
+    size = dist.get_world_size(group)
+    for index, block in enumerate(transformer.transformer_blocks):
+        _check_mixer(f"transformer_blocks.{index}.mixer", block.mixer, size)
+    for module in transformer.modules():
+        if isinstance(module, GSPN2Mixer):
+            module.forward = functools.partial(_mix, module, group)  # type: ignore[method-assign]
+        elif isinstance(module, LocalPerceptionUnit):
+            module.forward = functools.partial(_perceive, module, group)  # type: ignore[method-assign]
+    transformer.__dict__["_rows_unsharded"] = transformer.forward
+    transformer.forward = functools.partial(_forward, transformer, group)
+    return transformer
+
+
+def unshard_rows(transformer: Any) -> Any:
+    """Take :func:`shard_rows` back."""
+    for module in transformer.modules():
+        if isinstance(module, (GSPN2Mixer, LocalPerceptionUnit)):
+            module.__dict__.pop("forward", None)
+    if transformer.__dict__.pop("_rows_unsharded", None) is not None:
+        del transformer.forward
+    return transformer
+
+
+def _check_mixer(name: str, mixer: nn.Module | None, size: int) -> None:
+    if mixer is None:
+        return
+    if not isinstance(mixer, GSPN2Mixer):
+        raise ValueError(
+            f"{name} must be a line scan to be shared out over channels, got {type(mixer).__name__}."
+        )
+    if mixer.proxy_dim % size:
+        raise ValueError(f"{name}: {size} ranks must divide proxy_dim, got {mixer.proxy_dim}.")
+    groups = mixer.num_weight_groups
+    if groups != 1 and groups % size:
+        raise ValueError(f"{name}: {size} ranks must divide num_weight_groups or it must be 1, got {groups}.")
+
+
+def shares(rows: int, size: int) -> list[int]:
+    """Rows of every rank: as equal as can be, the first ranks one more.
+
+    Raises:
+        ValueError: fewer rows than ranks.
+    """
+    if rows < size:
+        raise ValueError(f"a picture of {rows} rows of tokens cannot be shared out over {size} ranks.")
+    return [rows // size + (rank < rows % size) for rank in range(size)]
+
+
+def _forward(transformer: Any, group: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The model on this rank's rows of the latents ``(B, C, H, W)``, then all rows of the prediction."""
+    if torch.is_grad_enabled() and any(p.requires_grad for p in transformer.parameters()):
+        raise RuntimeError("a model shared out by shard_rows is for inference: use torch.no_grad().")
+    patch, rank = transformer.config.patch_size, dist.get_rank(group)
+    parts = shares(hidden_states.shape[2] // patch, dist.get_world_size(group))
+    # The mixers cannot see the height from their share; all of them of one call need the same.
+    transformer.__dict__["_row_shares"] = parts
+    for module in transformer.modules():
+        if isinstance(module, GSPN2Mixer):
+            module.__dict__["_row_shares"] = parts
+    start, count = patch * sum(parts[:rank]), patch * parts[rank]
+    return_dict = kwargs.pop("return_dict", True)
+    local = transformer._rows_unsharded(
+        hidden_states[:, :, start : start + count], *args, return_dict=False, **kwargs
+    )[0]
+    rows = [part * patch for part in parts]
+    sample = _exchange(local.permute(2, 0, 1, 3), [rows[rank]], rows, group, repeat=True)
+    sample = sample.permute(1, 2, 0, 3).contiguous()
+    if not return_dict:
+        return (sample,)
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    return Transformer2DModelOutput(sample=sample)
+
+
+def _exchange(
+    rows: torch.Tensor, send: list[int], receive: list[int], group: Any, repeat: bool = False
+) -> torch.Tensor:
+    """All-to-all over the first dimension.
+
+    Args:
+        rows: ``(sum(send), ...)``, the part for each rank after the other.
+        send, receive: rows for and from every rank.
+        repeat: send all of ``rows`` to every rank (an all-gather of unequal parts).
+
+    Returns:
+        ``(sum(receive), ...)``, the part from each rank after the other.
+    """
+    size = dist.get_world_size(group)
+    if repeat:
+        rows, send = rows.repeat(size, *[1] * (rows.ndim - 1)), send * size
+    out = rows.new_empty(sum(receive), *rows.shape[1:])
+    dist.all_to_all_single(out, rows.contiguous(), receive, send, group=group)
+    return out
+
+
+def _mix(mixer: GSPN2Mixer, group: Any, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """:meth:`GSPN2Mixer.forward` on this rank's ``height`` rows."""
+    size, parts = dist.get_world_size(group), mixer.__dict__["_row_shares"]
+    proxy = mixer.to_proxy(hidden_states)
+    lam, u, weight = mixer._split_scan(mixer.to_scan(proxy), height, width)
+    batch, directions = proxy.shape[0], len(mixer.directions)
+    share = mixer.proxy_dim // size
+    grid = (batch, height, width)
+
+    def by_rank(tensor: torch.Tensor) -> torch.Tensor:
+        """``(B, h, W, ..., P)`` -> ``(n, h, B, W, features of one rank)``."""
+        split = tensor.reshape(*grid, -1, size, share)
+        return split.permute(4, 1, 0, 2, 3, 5).flatten(4)
+
+    groups = mixer.num_weight_groups
+    if groups == 1:
+        weights = weight.reshape(*grid, -1).permute(1, 0, 2, 3).expand(size, -1, -1, -1, -1)
+    else:
+        weights = weight.reshape(*grid, directions, size, -1).permute(4, 1, 0, 2, 3, 5).flatten(4)
+    packed = torch.cat((by_rank(proxy), by_rank(lam), by_rank(u), weights), dim=-1)  # (n, h, B, W, F)
+    whole = _exchange(packed.flatten(0, 1), [height] * size, parts, group)  # (H, B, W, F)
+    whole = whole.permute(1, 0, 2, 3)  # (B, H, W, F)
+
+    count = directions * share
+    x, gates_in, gates_out, taps = whole.split((share, count, count, whole.shape[-1] - share - 2 * count), -1)
+    y = line_scan(
+        x,
+        taps.unflatten(-1, (directions, -1, 3)),
+        gates_in.unflatten(-1, (directions, share)),
+        gates_out.unflatten(-1, (directions, share)),
+        directions=mixer.directions,
+        chunk_size=mixer.chunk_size,
+        backend=mixer.backend,
+    )  # (B, H, W, D, P / n)
+    back = _exchange(y.permute(1, 0, 2, 3, 4), parts, [height] * size, group)  # (n * h, B, W, D, P / n)
+    back = back.unflatten(0, (size, height)).permute(2, 1, 3, 4, 0, 5)  # (B, h, W, D, n, P / n)
+    return mixer.to_out(back.reshape(batch, height * width, -1))
+
+
+def _perceive(
+    unit: LocalPerceptionUnit, group: Any, hidden_states: torch.Tensor, height: int, width: int
+) -> torch.Tensor:
+    """:meth:`LocalPerceptionUnit.forward` on this rank's rows, with one row of each neighbour."""
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    picture = hidden_states.unflatten(1, (height, width))  # (B, h, W, C)
+    edges = torch.stack((picture[:, 0], picture[:, -1]))  # (2, B, W, C)
+    everyone = _exchange(edges, [2], [2] * size, group, repeat=True)  # first and last row of every rank
+    nothing = torch.zeros_like(edges[0])
+    above = everyone[2 * rank - 1] if rank > 0 else nothing
+    below = everyone[2 * rank + 2] if rank < size - 1 else nothing
+    padded = torch.cat((above[:, None], picture, below[:, None]), dim=1).permute(0, 3, 1, 2)
+    local = F.conv2d(padded, unit.conv.weight, unit.conv.bias, padding=(0, 1), groups=unit.conv.groups)
+    return hidden_states + local.permute(0, 2, 3, 1).flatten(1, 2)
