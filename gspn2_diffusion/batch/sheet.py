@@ -39,7 +39,7 @@ def contact_sheet(
 
     columns = min(columns or math.ceil(math.sqrt(len(records))), len(records))
     rows = math.ceil(len(records) / columns)
-    text_size = max(10, size // 16)
+    text_size = max(12, size // 14)
     text_height = LABEL_LINES * text_size * 5 // 4 if labels else 0
     cell = (size + MARGIN, size + text_height + MARGIN)
     page = Image.new("RGB", (columns * cell[0] + MARGIN, rows * cell[1] + MARGIN), "white")

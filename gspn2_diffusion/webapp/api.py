@@ -68,7 +68,7 @@ def _as_errors(function: Callable[[], Any], what: str) -> Any:
         with as_sentences(what):
             return function()
     except AppError as error:
-        raise gr.Error(str(error), print_exception=False) from None
+        raise gr.Error(str(error)) from None
 
 
 def _draw(app: App, visitor: Hashable, request: DrawRequest) -> Answer:

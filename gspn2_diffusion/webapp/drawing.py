@@ -35,7 +35,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model on its device. ``pipes`` share their components: "text", "img2img", "inpaint"."""
+    """A model on its device. ``pipes``, one for each :attr:`DrawRequest.task`, share their components."""
 
     name: str
     pipes: dict[str, Any]
@@ -96,9 +96,12 @@ def load(shelf: Shelf, name: str, device_name: str, dtype_name: str) -> Loaded:
 def _pipes(pipe: Any) -> dict[str, Any]:
     from gspn2_diffusion.pipelines.pipeline_gspn2_img2img import GSPN2Img2ImgPipeline
     from gspn2_diffusion.pipelines.pipeline_gspn2_inpaint import GSPN2InpaintPipeline
+    from gspn2_diffusion.pipelines.pipeline_gspn2_superres import GSPN2SuperResPipeline
 
     found = {"text": pipe}
-    for task, kind in (("img2img", GSPN2Img2ImgPipeline), ("inpaint", GSPN2InpaintPipeline)):
+    kinds: dict[str, Any] = {"img2img": GSPN2Img2ImgPipeline, "inpaint": GSPN2InpaintPipeline}
+    kinds["enlarge"] = GSPN2SuperResPipeline
+    for task, kind in kinds.items():
         found[task] = kind(**pipe.components, max_sequence_length=pipe.config.max_sequence_length)
         found[task].set_progress_bar_config(disable=True)
     return found
@@ -141,6 +144,7 @@ def draw_one(
     pipe = loaded.pipes[request.task]
     pipe.scheduler = build_scheduler(request.scheduler, loaded.own_scheduler)
     scheduler, config = loading.scheduler_settings(pipe)
+    whole = request.task in ("inpaint", "enlarge")  # these do more than to decode
     with recorder.watch(pipe.transformer) if recorder else contextlib.nullcontext():
         result = pipe(
             request.prompt,
@@ -152,13 +156,13 @@ def draw_one(
             generator=torch.Generator("cpu").manual_seed(request.seed + number),
             callback_on_step_end=_callback(loaded, stop, on_step),
             # Latents, where they are enough, so that a stop also saves their decoding.
-            output_type="np" if request.task == "inpaint" else "latent",
+            output_type="np" if whole else "latent",
             **_picture_inputs(request),
         ).images
     if stop.is_set():
         raise Stopped
     with torch.no_grad():
-        array = result if request.task == "inpaint" else pipe.decode_latents(result, "np")
+        array = result if whole else pipe.decode_latents(result, "np")
     if not np.isfinite(array).all():
         raise AppError("The picture has values that are not numbers; the server should use another --dtype.")
     settings = dataclasses.replace(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -13,6 +15,25 @@ UNEXPECTED = "Something went wrong while working on this. The server's log says 
 
 class AppError(Exception):
     """A failure whose message is a sentence fit for a stranger: no path, no internals."""
+
+
+def sentences_without_tracebacks() -> None:
+    """Keeps ``gradio.Error`` out of the log unless it is told otherwise.
+
+    It is a sentence for the visitor, raised by us or by Gradio's checks of values, such as a number outside a
+    slider. Gradio would print a traceback for each, in which those of real failures drown.
+    """
+    import gradio
+
+    original = gradio.Error.__init__
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def quiet(self: gradio.Error, *args: Any, **options: Any) -> None:
+        original(self, *args, **{"print_exception": False, **options})
+
+    gradio.Error.__init__ = quiet  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Generator, Hashable
+from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from gspn2_diffusion import __version__
 from gspn2_diffusion.webapp.engine import Engine, Event, Finished, Progress, Waiting
@@ -32,6 +35,8 @@ from gspn2_diffusion.webapp.vocabulary import (
     vocabulary_of,
 )
 from gspn2_diffusion.webapp.waiting import Running
+
+REFINEMENT = 0.35  # of an enlarged picture is drawn anew
 
 # The controls of the page and the arguments of /generate, in this order.
 FORM = (
@@ -95,6 +100,24 @@ class App:
         checked = check_request(self.limits, tuple(SCHEDULERS), prompt=prompt, **values)
         return fitted(checked)
 
+    def enlarged(self, record: Record) -> DrawRequest:
+        """The request for a picture twice as large as a finished one.
+
+        Raises:
+            AppError: it is gone, or too large already.
+        """
+        before = record.request
+        if before is None or not Path(record.path).exists():
+            raise AppError("This picture cannot be enlarged any more; draw it again.")
+        width, height, most = 2 * before.width, 2 * before.height, 2 * self.limits.side
+        if max(width, height) > most:
+            raise AppError(f"Pictures of more than {most} pixels along a side are not drawn here.")
+        with Image.open(record.path) as picture:
+            image = picture.convert("RGB")
+        return dataclasses.replace(
+            before, width=width, height=height, picture=image, mask=None, strength=REFINEMENT, enlarge=True
+        )
+
     def draw(self, visitor: Hashable, request: DrawRequest) -> Generator[Event | Record, None, None]:
         """The engine's events; a finished picture also comes as a record, right after its event."""
         stop = self.running.start(visitor)
@@ -123,6 +146,8 @@ class App:
         Raises:
             AppError: a number outside its limits, or drawing failed.
         """
+        if request.enlarge:
+            raise AppError("An enlarged picture cannot be looked into; click the one that it came from.")
         index = check_integer("The layer", layer, 1, self.layers) - 1
         number = check_integer("The step", step, 1, request.steps)
         x = check_number("The point's x", point[0], 0, request.width)

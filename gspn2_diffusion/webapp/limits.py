@@ -27,7 +27,7 @@ class Limits:
     """Upper bounds, set by flags when the server starts.
 
     Attributes:
-        side: pixels of height and of width; pictures are at least ``min_side``.
+        side: pixels of height and of width, twice as many for enlarged pictures; at least ``min_side``.
         steps: denoising steps.
         count: pictures of one request.
         queue: requests that wait or run at once.
@@ -49,7 +49,7 @@ class DrawRequest:
 
     ``model`` and ``lora`` are names on the shelf, empty for the first model and for none. With a ``picture``
     (RGB, of the size to draw) it is image to image as far as ``strength`` says, with a ``mask`` (L, white is
-    drawn anew) inpainting.
+    drawn anew) inpainting. ``enlarge`` makes it a refinement of ``picture``, which is half as large.
     """
 
     prompt: str
@@ -67,12 +67,15 @@ class DrawRequest:
     picture: Image | None = None
     mask: Image | None = None
     strength: float = 1.0
+    enlarge: bool = False
 
     @property
     def task(self) -> str:
-        """ "text", "img2img" or "inpaint"."""
+        """ "text", "img2img", "inpaint" or "enlarge"."""
         if self.picture is None:
             return "text"
+        if self.enlarge:
+            return "enlarge"
         return "img2img" if self.mask is None else "inpaint"
 
 

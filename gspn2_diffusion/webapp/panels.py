@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import gradio.component_meta
 from PIL import Image as Pictures
 
 from gspn2_diffusion.webapp.engine import Looked, Progress, Waiting
@@ -26,7 +28,7 @@ DIRECTIONS = {ALL: "all four", "down": "↓ down", "up": "↑ up", "right": "→
 
 def refuse(error: AppError) -> gr.Error:
     """A message on the page."""
-    return gr.Error(str(error), print_exception=False)
+    return gr.Error(str(error))
 
 
 def shown_iterator(items: Iterator[Any]) -> Iterator[Any]:
@@ -37,8 +39,26 @@ def shown_iterator(items: Iterator[Any]) -> Iterator[Any]:
         raise refuse(error) from None
 
 
-def _path_only(payload: Any) -> str | None:
-    return payload.path if payload else None
+@contextlib.contextmanager
+def _no_stub_files() -> Iterator[None]:
+    """Gradio writes a .pyi file beside every module that derives a component; not here."""
+    original = gradio.component_meta.create_or_modify_pyi
+    gradio.component_meta.create_or_modify_pyi = lambda *_: None
+    try:
+        yield
+    finally:
+        gradio.component_meta.create_or_modify_pyi = original
+
+
+with _no_stub_files():
+
+    class PathImage(gr.Image):
+        """A picture that comes as a path: Gradio would decode whatever came, here our checks see it first."""
+
+        is_template = True  # the browser's part is that of gr.Image
+
+        def preprocess(self, payload: Any) -> str | None:
+            return payload.path if payload else None
 
 
 class SourcePanel:
@@ -47,7 +67,7 @@ class SourcePanel:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         gr.Markdown("Drop a picture: it is drawn anew after the prompt, as far as the strength says.")
-        self.picture = gr.Image(
+        self.picture = PathImage(
             type="filepath",
             format="png",
             show_label=False,
@@ -56,8 +76,6 @@ class SourcePanel:
             buttons=[],
             elem_id="g2-source",
         )
-        # Gradio would decode whatever came; here a path is enough, which our checks see first.
-        self.picture.preprocess = _path_only  # type: ignore[method-assign]
         self.strength = gr.Slider(
             MIN_STRENGTH, 1, 0.6, step=0.05, label="Strength: how much is drawn anew", elem_id="g2-strength"
         )
@@ -251,7 +269,7 @@ class PropagationPanel:
 
 def _lookable(records: list[Record]) -> Any:
     if not records or records[0].request is None or not Path(records[0].path).exists():
-        raise gr.Error("Click a picture of this visit first.", print_exception=False)
+        raise gr.Error("Click a picture of this visit first.")
     return records[0]
 
 

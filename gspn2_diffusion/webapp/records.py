@@ -116,7 +116,8 @@ def status_html(text: str, share: float | None = None) -> str:
 def _source_words(source: dict[str, Any]) -> str:
     if not source:
         return ""
-    what = "a part of a picture" if source.get("task") == "inpaint" else "a picture"
+    words = {"inpaint": "a part of a picture", "enlarge": "a picture of half the size"}
+    what = words.get(str(source.get("task")), "a picture")
     return f"{what}, strength {source.get('strength', 1):g}"
 
 

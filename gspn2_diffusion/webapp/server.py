@@ -59,12 +59,14 @@ def launch(options: ServerOptions, block: bool = True) -> Any:
     engine.load_in_background()  # while Gradio is imported
     # A folder of its own for uploads: their addresses contain it, and nobody else's files lie there.
     os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="gspn2-uploads-"))
+    from gspn2_diffusion.webapp.errors import sentences_without_tracebacks
     from gspn2_diffusion.webapp.handlers import App
     from gspn2_diffusion.webapp.style import CSS, HEAD, chip_css
     from gspn2_diffusion.webapp.ui import Page
 
     # For what decodes without asking us first, such as Gradio's editor: Pillow refuses twice this number.
     PIL.Image.MAX_IMAGE_PIXELS = options.limits.upload_pixels // 2
+    sentences_without_tracebacks()
     app = App(engine, options.limits)
     page = Page(app)
     # Every waiting visitor holds a Gradio job; the engine's line is the one that says "full".

@@ -18,6 +18,7 @@ from gspn2_diffusion.webapp.limits import (
     MAX_PROMPT,
     RANDOM_SEED,
     SIZE_STEP,
+    DrawRequest,
 )
 from gspn2_diffusion.webapp.panels import QUIET, PropagationPanel, SourcePanel, refuse, shown_iterator
 from gspn2_diffusion.webapp.preview import data_uri
@@ -89,7 +90,7 @@ class Page:
             self._build_more()
         with gr.Accordion("Start from a picture", open=False) as self.start:
             self.source = SourcePanel(app.limits)
-        with gr.Accordion("Settings from a picture (PNG, JPEG, WebP)", open=False):
+        with gr.Accordion("Settings from a picture", open=False):
             self.drop = gr.File(show_label=False, file_types=api.FILE_TYPES, elem_id="g2-drop", height=110)
 
     def _chips(self, label: str, words: tuple[str, ...], elem_id: str) -> Any:
@@ -117,7 +118,7 @@ class Page:
                 elem_id="g2-lora",
             )
             form["lora_weight"] = gr.Slider(
-                -MAX_LORA_WEIGHT, MAX_LORA_WEIGHT, 1.0, step=0.05, label="Weight of the LoRA", min_width=140
+                -MAX_LORA_WEIGHT, MAX_LORA_WEIGHT, 1.0, step=0.05, label="LoRA weight", min_width=140
             )
 
     def _build_size(self) -> None:
@@ -193,6 +194,7 @@ class Page:
             with gr.Row():
                 self.reuse = gr.Button("Use these settings", size="sm", elem_id="g2-reuse")
                 self.again = gr.Button("Start from this picture", size="sm", elem_id="g2-again")
+                self.enlarge = gr.Button("Enlarge twice", size="sm", elem_id="g2-enlarge")
                 self.download = gr.DownloadButton("Download PNG", size="sm", elem_id="g2-download")
             with gr.Accordion("What GSPN-2 does here", open=False, elem_id="g2-inside"):
                 self.inside = PropagationPanel(self.app.layers)
@@ -223,15 +225,16 @@ class Page:
         self._connect_source()
 
     def _connect_drawing(self) -> None:
-        gr.on(
-            [self.generate.click],
+        drawn = [self.stage, self.status, self.gallery, self.history, self.head]
+        # No limit here: the engine keeps the line, so that it can tell positions.
+        options: dict[str, Any] = {"concurrency_limit": None, "trigger_mode": "once", **QUIET}
+        self.generate.click(
             self._on_generate,
             [*self.inputs, *self.source.inputs, self.random, self.history],
-            [self.stage, self.status, self.gallery, self.history, self.form["seed"], self.head],
-            concurrency_limit=None,  # the engine keeps the line, so that it can tell positions
-            trigger_mode="once",
-            **QUIET,
+            [*drawn, self.form["seed"]],
+            **options,
         )
+        self.enlarge.click(self._on_enlarge, [self.chosen, self.history], drawn, **options)
         self.stop.click(self._on_stop, None, self.status, queue=False, **QUIET)
 
     def _connect_results(self) -> None:
@@ -270,9 +273,25 @@ class Page:
             checked = self.app.request(**wish, **self.source.wish(*source[:count]))
         except AppError as error:
             raise refuse(error) from None
-        total, seed = 0, self.form["seed"]
-        yield {self.status: status_html("Starting", 0.0), seed: checked.seed}
-        events = self.app.draw(request.session_hash, checked)
+        yield {self.status: status_html("Starting", 0.0), self.form["seed"]: checked.seed}
+        yield from self._draw(request.session_hash, checked, history)
+
+    def _on_enlarge(
+        self, chosen: list[Record], history: list[Record], request: gr.Request
+    ) -> Iterator[dict[Any, Any]]:
+        if not chosen:
+            raise gr.Error("Click a picture first.")
+        try:
+            checked = self.app.enlarged(chosen[0])
+        except AppError as error:
+            raise refuse(error) from None
+        yield {self.status: status_html("Starting", 0.0)}
+        yield from self._draw(request.session_hash, checked, history)
+
+    def _draw(self, visitor: Any, checked: DrawRequest, history: list[Record]) -> Iterator[dict[Any, Any]]:
+        """Draws, with updates of what shows it."""
+        total = 0
+        events = self.app.draw(visitor, checked)
         try:
             for event in shown_iterator(events):
                 if isinstance(event, (Waiting, Progress)):
@@ -312,7 +331,7 @@ class Page:
         index = event.index if isinstance(event.index, int) else 0
         visible = [record for record in history if gallery_items([record])]
         if not 0 <= index < len(visible):
-            raise gr.Error("This picture is gone; draw it again.", print_exception=False)
+            raise gr.Error("This picture is gone; draw it again.")
         record = visible[index]
         others = [other for other in chosen if other.path != record.path and gallery_items([other])]
         pair = [*others[:1], record]
@@ -330,13 +349,13 @@ class Page:
 
     def _on_again(self, chosen: list[Record]) -> list[Any]:
         if not chosen or not gallery_items(chosen[:1]):
-            raise gr.Error("Click a picture first.", print_exception=False)
+            raise gr.Error("Click a picture first.")
         path = chosen[0].path
         return [gr.Accordion(open=True), path, *self.source.taken(self.app, path, FREE)]
 
     def _on_reuse(self, chosen: list[Record], *form: Any) -> tuple[Any, ...]:
         if not chosen:
-            raise gr.Error("Click a picture first.", print_exception=False)
+            raise gr.Error("Click a picture first.")
         return self._fill(from_settings(chosen[0].settings), form)
 
     def _on_drop(self, path: str | None, *form: Any) -> tuple[Any, ...]:

@@ -143,6 +143,20 @@ def test_out_of_memory_is_told(engine: Engine, monkeypatch: pytest.MonkeyPatch) 
         draw(engine, request())
 
 
+def test_enlarges_what_it_drew_twice(engine: Engine) -> None:
+    first = draw(engine, request(steps=4))[-1]
+    wish = request(steps=10, width=64, height=32, picture=first.picture, strength=0.5, enlarge=True)
+    events = draw(engine, wish)
+    assert isinstance(events[-1], Finished)
+    assert events[-1].picture.size == (64, 32)
+    assert events[-1].settings.source["task"] == "enlarge"
+    steps = [(event.done, event.total) for event in events if isinstance(event, Progress)]
+    assert steps[-1] == (5, 5)  # half of the schedule
+    stop = threading.Event()
+    stop.set()
+    assert list(engine.draw(wish, stop)) == []
+
+
 def test_models_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(CliError, match="no such folder"):
         build_shelf([str(tmp_path / "nothing")])

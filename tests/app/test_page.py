@@ -80,13 +80,14 @@ class Visitor:
         self.open("More settings")
         self.set_number("#g2-steps", steps)
 
-    def saved(self, folder: Path) -> GenerationSettings:
-        """Clicks the newest picture and reads what its download says."""
+    def saved(self, folder: Path, shown: str = "") -> GenerationSettings:
+        """Clicks the newest picture, waits for ``shown`` and reads what its download says."""
         newest = self.page.locator(THUMBNAILS).first
         caption = re.search(r"seed (\d+)", newest.inner_text())
         newest.click()
         assert caption is not None
         sync_api.expect(self.page.locator("#g2-details")).to_contain_text(caption[1])
+        sync_api.expect(self.page.locator("#g2-details")).to_contain_text(shown)
         with self.page.expect_download() as download:
             self.page.click("#g2-download")
         download.value.save_as(folder / "saved.png")
@@ -236,6 +237,19 @@ def test_from_a_dropped_picture_and_a_part_of_one(visitor: Visitor, tmp_path: Pa
     visitor.expect_status("Done")
     assert visitor.saved(tmp_path).source["task"] == "inpaint"
     shot(page, "inpaint")
+
+
+def test_enlarged_pictures(visitor: Visitor, tmp_path: Path) -> None:
+    page = visitor.page
+    visitor.write("a red apple")
+    page.click("#g2-generate")
+    visitor.expect_status("Done")
+    page.locator(THUMBNAILS).first.click()
+    page.click("#g2-enlarge")
+    visitor.expect_pictures(2)
+    visitor.expect_status("Done")
+    settings = visitor.saved(tmp_path, "64 x 64")
+    assert (settings.width, settings.height, settings.source["task"]) == (64, 64, "enlarge")
 
 
 def test_propagation_panel_and_comparison(visitor: Visitor) -> None:
