@@ -1,8 +1,8 @@
 """How well the embedded model denoises above the size that it was trained on, with its scans balanced or not.
 
 A picture drawn at the model's own size is enlarged (bicubic), encoded, noised and denoised in a single step.
-The error of the predicted latents against those of the enlarged picture is measured as it is, and of means over
-8 x 8 latents, which is what shows as stains. Writes benchmarks/results/scan-balance.json.
+The error of the predicted latents against those of the enlarged picture is measured as it is, and of means
+over 8 x 8 latents, which is what shows as stains. Writes benchmarks/results/scan-balance.json.
 
     python benchmarks/scan_balance.py                 on a CPU, a few minutes
 """

@@ -215,3 +215,22 @@ def test_scan_backend_is_set_everywhere():
     assert {block.attn1.mixer.backend for block in model.transformer_blocks} == {"reference"}
     with pytest.raises(ValueError, match="backend must be one of"):
         model.set_scan_backend("none")
+
+
+def test_what_is_left_of_attention_still_takes_processors_and_adapters():
+    """An adapter made for the original finds its cross-attention; its self-attention is gone."""
+    from diffusers.models.attention_processor import AttnProcessor
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    original = tiny_sana()
+    original.add_adapter(LoraConfig(r=2, target_modules=["to_v"], init_lora_weights=False))
+    weights = get_peft_model_state_dict(original)
+    model = convert_to_gspn2(tiny_unet())
+    before = output("sd15", model)
+    model.set_attn_processor(AttnProcessor())
+    assert torch.allclose(output("sd15", model), before, atol=1e-4)
+    model = convert_to_gspn2(tiny_sana())
+    before = output("sana", model)
+    model.load_lora_adapter(weights, prefix=None)
+    assert not torch.allclose(output("sana", model), before, atol=1e-4)
+    assert not any("attn1" in name for name, _ in model.named_parameters() if "lora" in name)
