@@ -199,12 +199,12 @@ def timed_steps(run: Run, state: Any, task: DenoiserTask, seconds: float) -> dic
     }
 
 
-def try_cell(run: Run, cell: Cell, seconds: float) -> dict[str, Any]:
+def try_cell(run: Run, cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
     """Measure a cell; where memory does not suffice, at half the batch, down to one picture."""
-    batch = max(1, TOKENS_IN_BATCH[cell.model] // cell.tokens)
+    batch = options.batch or max(1, TOKENS_IN_BATCH[cell.model] // cell.tokens)
     while True:
         try:
-            return measure(run, cell, batch, seconds)
+            return measure(run, cell, batch, options.seconds_per_cell)
         except torch.OutOfMemoryError as error:
             message = str(error).split(".")[0]
         clean(run)
@@ -267,7 +267,7 @@ def run_cells(run: Run, options: argparse.Namespace) -> tuple[list[dict[str, Any
         if float(enough) < 1:
             skipped.append(dataclasses.asdict(cell))
             continue
-        row = try_cell(run, cell, options.seconds_per_cell)
+        row = try_cell(run, cell, options)
         clean(run)
         rows.append(row)
         run.say(describe(row))
@@ -295,6 +295,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile", default="both", choices=("no", "yes", "both"))
     parser.add_argument("--seconds", type=float, default=140, help="no cell begins after this time")
     parser.add_argument("--seconds_per_cell", type=float, default=1.5, help="time for the measured steps")
+    parser.add_argument("--batch", type=int, default=None, help="pictures per GPU in every cell")
     parser.add_argument("--memory_gib", type=float, default=None, help="cap of the GPU's memory")
     parser.add_argument("--tiny", action="store_true", help="a tiny model at small sizes, for a CPU")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")

@@ -265,7 +265,7 @@ def parse_config(kind: type[Config], argv: Sequence[str] | None = None) -> Confi
         parser.set_defaults(**_checked_file(path, kind, names))
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
-        raise ConfigError(_unknown(unknown[0].lstrip("-").split("=")[0], names))
+        raise ConfigError(unknown_setting(unknown[0].lstrip("-").split("=")[0], names))
     hints = typing.get_type_hints(kind)
     config = kind(**{name: _unset(getattr(parsed, name), hints[name]) for name in names})
     config.validate()
@@ -298,7 +298,7 @@ def _checked_file(path: str, kind: type, names: list[str]) -> dict[str, Any]:
     hints = typing.get_type_hints(kind)
     for name, value in values.items():
         if name not in names:
-            raise ConfigError(f"{path}: {_unknown(name, names)}")
+            raise ConfigError(f"{path}: {unknown_setting(name, names)}")
         values[name] = _fitted(path, name, value, hints[name])
     return values
 
@@ -326,7 +326,8 @@ def _unset(value: Any, hint: Any) -> Any:
     return None if optional and isinstance(value, str) and value.lower() in ("none", "null") else value
 
 
-def _unknown(name: str, names: list[str]) -> str:
+def unknown_setting(name: str, names: list[str]) -> str:
+    """Words for a setting that does not exist, with the nearest one that does."""
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     return f"`{name}` is no setting" + (f"; did you mean `{near[0]}`?" if near else "")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,13 @@ from torch import Tensor, nn
 
 from gspn2_diffusion.training.assembly import write_pipeline
 from gspn2_diffusion.training.checkpoint import replace_folder
-from gspn2_diffusion.training.config import ConfigError, DenoiserConfig, model_folder, read_mapping
+from gspn2_diffusion.training.config import (
+    ConfigError,
+    DenoiserConfig,
+    model_folder,
+    read_mapping,
+    unknown_setting,
+)
 from gspn2_diffusion.training.frozen import FrozenModels, load_text_encoder, load_vae
 from gspn2_diffusion.training.growth import grow_denoiser
 from gspn2_diffusion.training.latents import LatentBatch, SceneEncoder
@@ -257,7 +264,15 @@ def load_denoiser(config: DenoiserConfig) -> Any:
 
     file = config.transformer_config or config.component("transformer") / "config.json"
     changes = {"mixer": config.mixer} if config.mixer else {}
-    model = GSPN2Transformer2DModel.from_config({**read_mapping(file), **changes})
+    settings = {**read_mapping(file), **changes}
+    known = list(inspect.signature(GSPN2Transformer2DModel.__init__).parameters)[1:]
+    for name in settings:
+        if name not in known and not name.startswith("_"):
+            raise ConfigError(f"{file}: {unknown_setting(name, known)}")
+    try:
+        model = GSPN2Transformer2DModel.from_config(settings)
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error}") from error
     if config.init_from:
         folder = model_folder(config.init_from)
         folder = folder / "transformer" if (folder / "transformer").is_dir() else folder

@@ -91,6 +91,15 @@ def test_eight_pictures_are_learnt_by_heart(root, tmp_path):
     assert losses[-1] < 0.1 * losses[0]
 
 
+def test_bar_shows_speed_data_wait_and_memory(root, tmp_path, capsys):
+    changes = {"progress_bar": "yes", "log_steps": 1, "max_train_steps": 2, "final_checkpoint": False}
+    train(root, tmp_path / "run", save_pipeline=False, **changes)
+    text = capsys.readouterr().err
+    assert "2/2" in text
+    assert "pictures/s data wait" in text
+    assert "GiB" in text
+
+
 def test_a_bad_batch_is_named(root, tmp_path):
     from gspn2_diffusion.training.loop import TrainingDivergedError
 

@@ -117,6 +117,24 @@ def test_non_finite_gradient_stops_the_run_and_keeps_checkpoints_clean(root):
         assert all(bool(torch.isfinite(t).all()) for t in load_file(path).values())
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"num_layer": 3}, "did you mean `num_layers`"), ({"num_layers": 0}, "num_layers must be a positive")],
+)
+def test_wrong_architectures_end_with_one_line(root, change, words):
+    config = json.loads((root / "models" / "transformer.json").read_text())
+    (root / "wrong.json").write_text(json.dumps(config | change))
+    with pytest.raises(SystemExit, match=words):
+        train(root, root / "none", transformer_config=root / "wrong.json")
+
+
+def test_denoiser_must_fit_the_frozen_models(root):
+    config = json.loads((root / "models" / "transformer.json").read_text())
+    (root / "wide.json").write_text(json.dumps(config | {"in_channels": 8, "out_channels": 8}))
+    with pytest.raises(SystemExit, match="`vae` gives 4 channels; the denoiser's in_channels is 8"):
+        train(root, root / "none", transformer_config=root / "wide.json")
+
+
 def test_missing_models_end_with_one_line(root):
     options = tiny_training.denoiser_options(root, root / "none", pretrained=root / "nowhere")
     with pytest.raises(SystemExit, match="nowhere"):
