@@ -7,7 +7,7 @@ sizes) as it is, and with each of diffusers' ways to save memory; what they draw
 
     python benchmarks/denoiser.py                                      # two minutes on an H200
     python benchmarks/denoiser.py --device cpu --tiny --out /tmp/x     # the same program in small, no figures
-    python benchmarks/denoiser.py --table benchmarks/results/denoiser-nvidia-h200.json
+    python benchmarks/denoiser_table.py                                # the result into the documentation
 """
 
 from __future__ import annotations
@@ -333,34 +333,6 @@ def no_graph_breaks() -> None:
         sys.exit(f"graph breaks: {breaks}")
 
 
-def table(result: dict[str, Any]) -> str:
-    """The measured part of docs/diffusers-compatibility.md."""
-    lines = [
-        f"{result['gpu']}, torch {result['torch']}, {result['parameters'] / 1e9:.2f}B parameters, bfloat16."
-    ]
-    lines += ["", "| batch | eager | blocks compiled | whole compiled | compiled blocks as a CUDA graph |"]
-    lines += ["|---|---|---|---|---|"]
-    for batch, row in result["speed"].items():
-        whole = f"{row['whole_ms']:.1f} ms ({row['whole_speedup']:.2f}x)" if "whole_ms" in row else "-"
-        blocks = f"{row['blocks_ms']:.1f} ms ({row['blocks_speedup']:.2f}x)"
-        graph = f"{row['blocks_cuda_graph_ms']:.1f} ms" if "blocks_cuda_graph_ms" in row else "-"
-        lines.append(f"| {batch.split()[-1]} | {row['eager_ms']:.1f} ms | {blocks} | {whole} | {graph} |")
-    lines += [
-        "",
-        "| | peak, denoising | less | peak, with decoding | time of both calls |",
-        "|---|---|---|---|---|",
-    ]
-    plain = result["memory"]["plain"]["denoising_peak_bytes"]
-    for name, row in result["memory"].items():
-        peak, picture = row["denoising_peak_bytes"], row["picture_peak_bytes"]
-        if peak is None:
-            continue
-        seconds = row["denoising_s"] + row["picture_s"]
-        less = "" if name == "plain" else f"{1 - peak / plain:.0%}"
-        lines.append(f"| {name} | {peak / 1e9:.2f} GB | {less} | {picture / 1e9:.2f} GB | {seconds:.2f} s |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
@@ -369,11 +341,7 @@ def main() -> None:
     parser.add_argument("--skip", choices=["speed", "memory", "whole"], action="append", default=[])
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--commit", help="commit to record where there is no git history")
-    parser.add_argument("--table", type=Path, metavar="JSON", help="only print a result file as Markdown")
     options = parser.parse_args()
-    if options.table:
-        print(table(json.loads(options.table.read_text())))
-        return
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA GPU; --device cpu --tiny tries it without")
     name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
