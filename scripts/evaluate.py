@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--guidance", type=float, default=4.0)
     add("--batch", type=int, default=64, help="pictures drawn at once")
     add("--sprite_cache", default=None, help="folder for drawn sprites")
-    add("--judge_steps", type=int, default=1500)
+    add("--judge_steps", type=int, default=2000)
     add("--judge_seconds", type=float, default=50.0, help="limit of the judge's training")
     add("--judge_batch", type=int, default=384)
     add("--judge_width", type=int, default=48)

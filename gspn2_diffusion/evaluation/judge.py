@@ -55,9 +55,9 @@ class Judge(nn.Module):
         for inner, outer in zip([widths[0], *widths[:-1]], widths, strict=True):
             layers += [_Residual(inner, outer, 1 if inner == outer else 2), _Residual(outer, outer, 1)]
         self.trunk = nn.Sequential(*layers, nn.BatchNorm2d(widths[-1]), nn.ReLU())
-        self.embed = nn.Linear(widths[-1], size.features)
+        self.embed = nn.Linear(2 * widths[-1], size.features)
         self.concept_head = nn.Linear(size.features, len(self.concepts))
-        self.style_head = nn.Linear(size.features, len(self.styles))
+        self.style_head = nn.Linear(2 * widths[-1], len(self.styles))
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Judge crops.
@@ -68,9 +68,11 @@ class Judge(nn.Module):
         Returns:
             Concept logits (B, concepts), style logits (B, styles), features (B, features).
         """
-        features = self.embed(self.trunk(pictures).mean(dim=(2, 3)))
-        active = F.relu(features)
-        return self.concept_head(active), self.style_head(active), features
+        found = self.trunk(pictures)
+        # Means say what covers the picture; maxima find an outline or a gloss, which tell styles apart.
+        pooled = torch.cat([found.mean(dim=(2, 3)), found.amax(dim=(2, 3))], dim=1)
+        features = self.embed(pooled)
+        return self.concept_head(F.relu(features)), self.style_head(pooled), features
 
     def save(self, folder: Path, measures: dict[str, float]) -> None:
         """Write weights and ``judge.json`` with classes and the judge's own accuracy."""

@@ -20,19 +20,19 @@ from gspn2_diffusion.training.scene_colours import OBJECT_COLOURS, TINT_WIDTH, m
 from gspn2_diffusion.training.scenes import Layer, SceneBatch, compose
 
 _HELD_CONCEPT_SHARE = 4  # one in so many pictures of unseen concepts is kept from the judge
-_RECOLOURED = 0.3
+_RECOLOURED = 0.25
 
 
 @dataclass(frozen=True)
 class JudgeTraining:
     """How the judge is trained; the rate falls to zero at the earlier of the two limits."""
 
-    steps: int = 1500
+    steps: int = 2000
     seconds: float = 50.0
     batch: int = 384
     rate: float = 2e-3
     weight_decay: float = 0.05
-    style_weight: float = 0.3
+    style_weight: float = 0.5
     smoothing: float = 0.05
     seed: int = 0
 
@@ -118,12 +118,12 @@ class _Pictures:
 def _worn(pictures: Tensor, rng: np.random.Generator) -> Tensor:
     """Softer, noisier, differently lit, a patch missing: what generated pictures suffer from."""
     side = pictures.shape[-1]
-    small = int(side / rng.uniform(1.0, 2.2))
+    small = int(side / rng.uniform(1.0, 1.8))
     if small < side:
         pictures = F.interpolate(pictures, size=(small, small), mode="bilinear", antialias=True)
         pictures = F.interpolate(pictures, size=(side, side), mode="bilinear")
     count, device = len(pictures), pictures.device
-    light = torch.from_numpy(rng.uniform(0.85, 1.15, (2, count, 3, 1, 1)).astype(np.float32)).to(device)
+    light = torch.from_numpy(rng.uniform(0.9, 1.1, (2, count, 3, 1, 1)).astype(np.float32)).to(device)
     pictures = pictures * light[0] + (light[1] - 1)
     pictures = pictures + 0.04 * float(rng.random()) * torch.randn_like(pictures)
     hole = max(1, side // 5)
