@@ -33,12 +33,15 @@ def info(
 
 
 def read_any(picture: Path) -> tuple[str, dict[str, Any]]:
-    """Which program made a picture ("gspn2", "A1111" or "ComfyUI"), and its settings in that program's words.
+    """Which program made a picture, and its settings in that program's words.
+
+    Programs are "gspn2", "gspn2 upscale", "A1111" and "ComfyUI".
 
     Raises:
         CliError: the file cannot be read, is no picture or carries no settings.
     """
     from gspn2_diffusion.cli.foreign import parse_comfyui
+    from gspn2_diffusion.cli.upscale import TEXT_KEY as UPSCALE_KEY
     from gspn2_diffusion.png_metadata import (
         JSON_KEY,
         TEXT_KEY,
@@ -51,6 +54,8 @@ def read_any(picture: Path) -> tuple[str, dict[str, Any]]:
         text = read_text(picture)
         if JSON_KEY in text:
             return "gspn2", dataclasses.asdict(GenerationSettings.from_json(text[JSON_KEY]))
+        if UPSCALE_KEY in text:
+            return "gspn2 upscale", dict(json.loads(text[UPSCALE_KEY]))
         if TEXT_KEY in text:
             return "A1111", dict(parse_parameters(text[TEXT_KEY]))
         if "prompt" in text:

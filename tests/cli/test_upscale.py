@@ -25,6 +25,9 @@ def test_draws_any_size_into_a_file(gspn2, tiny_model, tmp_path, suffix):
         if suffix == ".png":
             settings = json.loads(picture.text["gspn2-upscale"])
             assert (settings["seed"], settings["prompt"], settings["input"]) == (3, "a red apple", None)
+            shown = gspn2("info", out).out
+            assert "made by:            gspn2 upscale" in shown
+            assert "seed:               3" in shown
 
 
 def test_enlarges_a_picture(gspn2, tiny_model, tmp_path):
