@@ -84,7 +84,7 @@ def signature(function: Any) -> str:
             continue
         if parameter.kind is parameter.KEYWORD_ONLY and "*" not in parts:
             parts.append("*")
-        star = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        star = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}.get(parameter.kind.name, "")
         default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
         parts.append(f"{star}{name}: {parameter.annotation}{default}")
     result = "" if found.return_annotation in (found.empty, "None") else f" -> {found.return_annotation}"
