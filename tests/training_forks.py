@@ -13,6 +13,19 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    [
+        "datasets",  # the server may also start commands of tests/cli, hence theirs
+        "dynamicprompts.generators",
+        "gspn2_diffusion.cli",
+        "diffusers.models.autoencoders.autoencoder_kl",
+        "diffusers.schedulers.scheduling_flow_match_euler_discrete",
+        "gspn2_diffusion.pipelines.pipeline_gspn2",
+        "gspn2_diffusion.training.denoiser",
+        "transformers.models.bert.modeling_bert",
+        "transformers.models.bert.tokenization_bert",
+    ]
+)
 
 
 def script(name: str) -> Any:
@@ -94,7 +107,7 @@ def train(name: str, options: list[str], trouble: str | None = None, value: int 
     """Exit code of a script in a new process, negative for a signal."""
     process = CONTEXT.Process(target=_run, args=(name, options, trouble, value))
     process.start()
-    process.join(240)
+    process.join(600)
     if process.exitcode is None:
         process.kill()
         process.join()
@@ -123,7 +136,7 @@ def train_together(name: str, options: list[str], processes: int, **environment:
         process.start()
         started.append(process)
     for process in started:
-        process.join(240)
+        process.join(600)
         if process.exitcode is None:
             process.kill()
             process.join()

@@ -16,7 +16,6 @@ FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    forks.CONTEXT.set_forkserver_preload(["gspn2_diffusion.training.denoiser", "transformers.models.bert"])
     folder = tmp_path_factory.mktemp("restart")
     tiny_training.write_emoji(folder / "emoji")
     tiny_training.write_models(folder / "models")

@@ -23,7 +23,6 @@ FSDP2 = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    forks.CONTEXT.set_forkserver_preload(["gspn2_diffusion.training.denoiser", "transformers.models.bert"])
     folder = tmp_path_factory.mktemp("several")
     tiny_pictures.write_folder(folder / "data", count=22, size=(16, 16))
     tiny_training.write_models(folder / "models")
