@@ -145,6 +145,8 @@ def start_run(config: RunConfig, started: float) -> Run:
         project_dir=config.output_dir,
     )
     run = Run(accelerator, config, Path(config.output_dir), started)
+    if run.fsdp:  # transformers would leave the frozen models empty on all processes but the first
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if run.is_main:
         save_config(config, run.output)
         run.record(**describe_environment(), processes=run.world)
