@@ -251,5 +251,12 @@ def make_jobs(
 
 
 def share(jobs: Iterable[Job], rank: int, world: int) -> list[Job]:
-    """The jobs of one of ``world`` processes, grouped. Depends on the whole list, never on what is done."""
-    return sorted(jobs, key=lambda job: (job.group, job.picture.index))[rank::world]
+    """The jobs of one of ``world`` processes, grouped. Depends on the whole list, never on what is done.
+
+    Within a group prompts of about the same length stand together, as a batch is as long as its longest text.
+    """
+
+    def order(job: Job) -> tuple[Any, ...]:
+        return job.group, len(job.settings.prompt.split()) // 8, job.picture.index
+
+    return sorted(jobs, key=order)[rank::world]

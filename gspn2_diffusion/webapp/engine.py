@@ -18,6 +18,7 @@ from gspn2_diffusion.webapp.errors import AppError
 from gspn2_diffusion.webapp.limits import DrawRequest
 from gspn2_diffusion.webapp.shelf import Shelf
 from gspn2_diffusion.webapp.waiting import Line
+from gspn2_diffusion.webapp.worker import Worker
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -90,6 +91,7 @@ class Engine:
         self.shelf = shelf
         self._wanted = (device, dtype)
         self.line = Line(longest_line)
+        self._worker = Worker("gspn2-draw")
         self._ready = threading.Event()
         self._loaded: Loaded | None = None
         # Touched only by who is first in the line.
@@ -97,7 +99,7 @@ class Engine:
 
     def load_in_background(self) -> None:
         """Loads the first model and returns at once; :meth:`draw` waits for it."""
-        threading.Thread(target=self._load_first, name="gspn2-load", daemon=True).start()
+        self._worker.submit(self._load_first)
 
     def wait(self, seconds: float | None = None) -> bool:
         """Whether the first loading has ended, well or not, within ``seconds``."""
@@ -232,10 +234,10 @@ class Engine:
     def _in_line(
         self, request: DrawRequest, stop: threading.Event, work: Callable[[Loaded, Put], None]
     ) -> Generator[Event, None, None]:
-        """Waits for the turn, then runs ``work`` in a thread of its own and passes its events on."""
+        """Waits for the turn, then runs ``work`` in the drawing thread and passes its events on."""
         name = self.shelf.check_model(request.model)
         ticket = self.line.join()
-        worker: threading.Thread | None = None
+        working: threading.Event | None = None
         try:
             while self.line.wait(ticket, 0) > 0 or not self._ready.is_set():
                 yield Waiting(not self._ready.is_set(), self.line.position(ticket))
@@ -253,13 +255,12 @@ class Engine:
                 _check_size(loaded.pipe, request)
                 work(loaded, events.put)
 
-            worker = threading.Thread(target=_guarded, args=(run, events), name="gspn2-draw", daemon=True)
-            worker.start()
+            working = self._worker.submit(lambda: _guarded(run, events))
             yield from _collect(events)
         finally:
-            if worker is not None:
+            if working is not None:
                 stop.set()
-                worker.join()  # at most the step that is running
+                working.wait()  # at most for the step that is running
             self.line.leave(ticket)
 
 

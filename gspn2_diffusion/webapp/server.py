@@ -53,7 +53,9 @@ def launch(options: ServerOptions, block: bool = True) -> Any:
 
     from gspn2_diffusion.webapp.engine import Engine
     from gspn2_diffusion.webapp.shelf import build_shelf
+    from gspn2_diffusion.webapp.worker import keep_few_arenas
 
+    keep_few_arenas()
     shelf = build_shelf(options.models, options.lora_dir)
     engine = Engine(shelf, options.device, options.dtype, options.limits.queue)
     engine.load_in_background()  # while Gradio is imported
