@@ -1,8 +1,8 @@
 """PNG and TIFF files written strip by strip, so that a picture need never be in memory as a whole.
 
 Pillow cannot do that. Both formats are simple where only their common core is wanted: 8-bit RGB, deflated
-without loss. Rows come as arrays ``(rows, width, 3)`` uint8, from the top; the file appears under its name when
-the last row is in.
+without loss. Rows come as arrays ``(rows, width, 3)`` uint8, from the top; the file appears under its name
+when the last row is in.
 """
 
 from __future__ import annotations
