@@ -8,7 +8,7 @@ self-attention that returns zero, which is the limit that no mixer can beat.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -108,6 +108,7 @@ class Family:
         sizes: pixels along a side to be measured.
         quick: those of a quick run.
         limits: what the comparison asks for: size to (most time over "none", least speed over "attention").
+        peak_limits: size to the most bytes that "gspn2" may take.
     """
 
     name: str
@@ -118,6 +119,7 @@ class Family:
     sizes: tuple[int, ...]
     quick: tuple[int, ...]
     limits: dict[int, tuple[float, float]]
+    peak_limits: dict[int, float] = field(default_factory=dict)
 
 
 FAMILIES = {
@@ -134,6 +136,7 @@ FAMILIES = {
         Family(
             "sdxl", _SDXL, 8, 4, (77, 2048), (1024, 4096, 16384), (1024, 4096),
             {1024: (1.15, 1.0), 4096: (1.15, 1.0), 16384: (1.15, 18.0)},
+            {16384: 48e9},
         ),
         Family("own-pixart", _OWN_PIXART, 8, 4, (300, 4096), (1024, 2048, 4096), (), {}),
         Family("own-sana", _OWN_SANA, 32, 32, (300, 2304), (1024, 2048, 4096, 8192), (), {}),

@@ -253,6 +253,12 @@ def compare(rows: list[dict[str, Any]], families: list[Family]) -> list[dict[str
         if "ms" in row and row["finite"]
     }
     limits = {(family.name, size): limit for family in families for size, limit in family.limits.items()}
+    peak_limits = {(f.name, size): limit for f in families for size, limit in f.peak_limits.items()}
+    peaks = {
+        (row["family"], row["pixels"], row["mode"]): row["peak_bytes"]
+        for row in rows
+        if "ms" in row and row["variant"] == "gspn2"
+    }
     found = []
     for name, pixels, mode, variant in times:
         if variant != "gspn2":
@@ -265,9 +271,13 @@ def compare(rows: list[dict[str, Any]], families: list[Family]) -> list[dict[str
             item |= {"over_none": ours / none, "over_none_at_most": over}
         if attention:
             item |= {"speedup": attention / ours, "speedup_at_least": faster}
-        item["met"] = (not none or over is None or ours / none <= over) and (
-            not attention or faster is None or attention / ours >= faster
-        )
+        peak, at_most = peaks.get((name, pixels, mode)), peak_limits.get((name, pixels))
+        fits = not (peak and at_most) or peak <= at_most
+        if at_most:
+            item |= {"peak_bytes": peak, "peak_bytes_at_most": at_most}
+        slower = none and over is not None and ours / none > over
+        too_slow = attention and faster is not None and attention / ours < faster
+        item["met"] = bool(fits and not slower and not too_slow)
         found.append(item)
     return found
 
