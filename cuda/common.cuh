@@ -149,16 +149,19 @@ struct Shape {
   int lanes_per_group, groups_per_block, channel_slices, group_slices;
 };
 
-// Kernel parameters are 64-bit, as Python's integers arrive.
-#define SHAPE_PARAMETERS                                                                                  \
-  const int64 batch, const int64 height, const int64 width, const int64 channels, const int64 groups,      \
-      const int64 directions, const int64 packed_directions, const int64 chunk_size, const int64 chunks,   \
-      const int64 lanes_per_group, const int64 groups_per_block, const int64 channel_slices,               \
-      const int64 group_slices
-#define SHAPE_FROM_PARAMETERS                                                                             \
-  {(int)batch,       (int)height,           (int)width,      (int)channels,        (int)groups,            \
-   (int)directions,  (unsigned)packed_directions, (int)chunk_size, (int)chunks,    (int)lanes_per_group,   \
-   (int)groups_per_block, (int)channel_slices, (int)group_slices}
+// As the host packs it: 64-bit integers, in this order.
+struct ShapeParameters {
+  int64 batch, height, width, channels, groups, directions, packed_directions, chunk_size, chunks, lanes_per_group,
+      groups_per_block, channel_slices, group_slices;
+};
+
+__device__ __forceinline__ Shape make_shape(const ShapeParameters& s) {
+  return {(int)s.batch,      (int)s.height,     (int)s.width,
+          (int)s.channels,   (int)s.groups,     (int)s.directions,
+          (unsigned)s.packed_directions,        (int)s.chunk_size,
+          (int)s.chunks,     (int)s.lanes_per_group, (int)s.groups_per_block,
+          (int)s.channel_slices, (int)s.group_slices};
+}
 
 __device__ __forceinline__ Task make_task(const Shape& s) {
   Task k;
@@ -217,4 +220,16 @@ __device__ __forceinline__ Weights load_weights(const scalar_t* raw, int p, int 
 #pragma unroll
   for (int k = 0; k < 3; ++k) out.w[k] *= scale;
   return out;
+}
+
+// d raw from d W of one position; sigmoid(-raw) = 1 - sigmoid(raw).
+__device__ __forceinline__ void weights_backward(float (&grad)[3], const Weights& w, const scalar_t* raw, int p,
+                                                 int positions) {
+  const float mean = w.w[0] * grad[0] + w.w[1] * grad[1] + w.w[2] * grad[2];
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+    const bool has = k == 1 || (k == 0 ? p > 0 : p + 1 < positions);
+    // A line of one position has one neighbour of weight 1, whatever its coefficient: exactly no gradient.
+    grad[k] = has && positions > 1 ? w.w[k] * (grad[k] - mean) / (1.0f + expf(to_float(raw[k]))) : 0.0f;
+  }
 }

@@ -6,33 +6,23 @@
 //
 // Every sum runs in a fixed order, without atomics: the gradients are the same from run to run.
 // Derivation: gspn2_diffusion/ops/README.md. Preamble: SCALAR, VEC.
-// u == nullptr means 1; state holds the hidden states that the forward pass kept.
+// u == nullptr means 1; state holds the hidden states that the forward pass kept; a gradient that is nullptr is not wanted.
 #include "common.cuh"
 
-// d raw from d W of one position; sigmoid(-raw) = 1 - sigmoid(raw).
-__device__ __forceinline__ void weights_backward(float (&grad)[3], const Weights& w, const scalar_t* raw, int p,
-                                                 int positions) {
-  const float mean = w.w[0] * grad[0] + w.w[1] * grad[1] + w.w[2] * grad[2];
-#pragma unroll
-  for (int k = 0; k < 3; ++k) {
-    const bool has = k == 1 || (k == 0 ? p > 0 : p + 1 < positions);
-    // A line of one position has one neighbour of weight 1, whatever its coefficient: exactly no gradient.
-    grad[k] = has && positions > 1 ? w.w[k] * (grad[k] - mean) / (1.0f + expf(to_float(raw[k]))) : 0.0f;
-  }
-}
+struct Parameters {
+  const scalar_t *dy, *x, *weight, *lam, *u, *state;
+  float *dx, *dweight;  // (D, B, H, W, C) and (channel slices, B, H, W, D, G, 3): partial sums
+  scalar_t *dlam, *du;
+  float* scratch;
+  int64 normalize;
+  ShapeParameters shape;
+  int64 y_b, y_h, y_w, y_d, x_b, x_h, x_w, w_b, w_h, w_w, w_d, w_g, l_b, l_h, l_w, l_d, u_b, u_h, u_w, u_d;
+  int64 o_b, o_h, o_w, o_d;  // state, dlam, du
+};
 
-extern "C" __global__ void __launch_bounds__(512) line_scan_backward(
-    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ weight,
-    const scalar_t* __restrict__ lam, const scalar_t* __restrict__ u, const scalar_t* __restrict__ state,
-    float* __restrict__ dx,       // (D, B, H, W, C)
-    float* __restrict__ dweight,  // (channel slices, B, H, W, D, G, 3)
-    scalar_t* __restrict__ dlam, scalar_t* __restrict__ du, float* __restrict__ scratch, const int64 normalize,
-    SHAPE_PARAMETERS, const int64 y_b, const int64 y_h, const int64 y_w, const int64 y_d, const int64 x_b, const int64 x_h,
-    const int64 x_w, const int64 w_b, const int64 w_h, const int64 w_w, const int64 w_d, const int64 w_g,
-    const int64 l_b, const int64 l_h, const int64 l_w, const int64 l_d, const int64 u_b, const int64 u_h,
-    const int64 u_w, const int64 u_d) {
+extern "C" __global__ void __launch_bounds__(512) line_scan_backward(const __grid_constant__ Parameters a) {
   extern __shared__ __align__(16) float shared[];
-  const Shape shape = SHAPE_FROM_PARAMETERS;
+  const Shape shape = make_shape(a.shape);
   const Task k = make_task(shape);
   if (k.begin >= k.end) return;
 
@@ -41,19 +31,17 @@ extern "C" __global__ void __launch_bounds__(512) line_scan_backward(
   const int64 weight_line = (int64)k.positions * shape.groups_per_block * 3;
   const int64 longest = max(shape.height, shape.width);
   float* const lines_of_g =
-      scratch ? scratch + (int64)blockIdx.x * 2 * longest * (k.lanes * VEC + shape.groups_per_block * 3) : shared;
+      a.scratch ? a.scratch + (int64)blockIdx.x * 2 * longest * (k.lanes * VEC + shape.groups_per_block * 3) : shared;
   float* const lines_of_w = lines_of_g + 2 * line_size;
 
-  const int64 o_w = (int64)shape.directions * shape.channels, o_h = o_w * shape.width;
-  const int64 o_base = k.batch * o_h * shape.height + (int64)k.slot * shape.channels + k.channel;
   const int64 s_w = shape.channels, s_h = s_w * shape.width, s_b = s_h * shape.height;
   const int64 dw_w = (int64)shape.directions * shape.groups * 3, dw_h = dw_w * shape.width, dw_b = dw_h * shape.height;
-  const View vy = view_along(k.direction, k.lines, k.batch * y_b + k.slot * y_d + k.channel, y_h, y_w);
-  const View vx = view_along(k.direction, k.lines, k.batch * x_b + k.channel, x_h, x_w);
-  const View vw = view_along(k.direction, k.lines, k.batch * w_b + k.slot * w_d + k.group * w_g, w_h, w_w);
-  const View vl = view_along(k.direction, k.lines, k.batch * l_b + k.slot * l_d + k.channel, l_h, l_w);
-  const View vu = view_along(k.direction, k.lines, k.batch * u_b + k.slot * u_d + k.channel, u_h, u_w);
-  const View vo = view_along(k.direction, k.lines, o_base, o_h, o_w);
+  const View vy = view_along(k.direction, k.lines, k.batch * a.y_b + k.slot * a.y_d + k.channel, a.y_h, a.y_w);
+  const View vx = view_along(k.direction, k.lines, k.batch * a.x_b + k.channel, a.x_h, a.x_w);
+  const View vw = view_along(k.direction, k.lines, k.batch * a.w_b + k.slot * a.w_d + k.group * a.w_g, a.w_h, a.w_w);
+  const View vl = view_along(k.direction, k.lines, k.batch * a.l_b + k.slot * a.l_d + k.channel, a.l_h, a.l_w);
+  const View vu = view_along(k.direction, k.lines, k.batch * a.u_b + k.slot * a.u_d + k.channel, a.u_h, a.u_w);
+  const View vo = view_along(k.direction, k.lines, k.batch * a.o_b + k.slot * a.o_d + k.channel, a.o_h, a.o_w);
   const View vdx =
       view_along(k.direction, k.lines, (k.slot * (int64)shape.batch + k.batch) * s_b + k.channel, s_h, s_w);
   const View vdw = view_along(k.direction, k.lines,
@@ -71,18 +59,18 @@ extern "C" __global__ void __launch_bounds__(512) line_scan_backward(
     float* const this_w = lines_of_w + (i & 1) * weight_line;
     for (int p = k.first; p < k.positions; p += k.step) {
       float dw[3] = {0.0f, 0.0f, 0.0f};
-      const scalar_t* const raw = weight + vw.at(i, p);
+      const scalar_t* const raw = a.weight + vw.at(i, p);
       Weights w = {{0.0f, 0.0f, 0.0f}};
       if (k.active) {
-        w = load_weights(raw, p, k.positions, normalize);
+        w = load_weights(raw, p, k.positions, a.normalize);
         float g[VEC], other[VEC], hidden[VEC], result[VEC];
-        load(g, dy + vy.at(i, p));
-        load(hidden, state + vo.at(i, p));
-        if (u) {
-          load(other, u + vu.at(i, p));
+        load(g, a.dy + vy.at(i, p));
+        load(hidden, a.state + vo.at(i, p));
+        if (a.u) {
+          load(other, a.u + vu.at(i, p));
 #pragma unroll
           for (int j = 0; j < VEC; ++j) result[j] = hidden[j] * g[j], g[j] *= other[j];
-          store(du + vo.at(i, p), result);
+          if (a.du) store(a.du + vo.at(i, p), result);
         }
         const int64 here = ((int64)p * k.lanes + k.lane) * VEC;
         if (i + 1 < k.end) {  // what the next line took from this position: W[i+1]^T g[i+1]
@@ -101,20 +89,22 @@ extern "C" __global__ void __launch_bounds__(512) line_scan_backward(
 #pragma unroll
           for (int n = 0; n < 3; ++n) this_w[(int64)p * weight_row + k.group_in_block * 3 + n] = w.w[n];
         }
-        load(other, x + vx.at(i, p));
+        load(other, a.x + vx.at(i, p));
 #pragma unroll
         for (int j = 0; j < VEC; ++j) result[j] = other[j] * g[j];
-        store(dlam + vo.at(i, p), result);
-        load(other, lam + vl.at(i, p));
-        float* const dx_here = dx + vdx.at(i, p);
+        if (a.dlam) store(a.dlam + vo.at(i, p), result);
+        load(other, a.lam + vl.at(i, p));
+        if (a.dx) {
+          float* const dx_here = a.dx + vdx.at(i, p);
 #pragma unroll
-        for (int j = 0; j < VEC; ++j) dx_here[j] = other[j] * g[j];
-        if (i > k.begin) {
+          for (int j = 0; j < VEC; ++j) dx_here[j] = other[j] * g[j];
+        }
+        if (a.dweight && i > k.begin) {
 #pragma unroll
           for (int n = 0; n < 3; ++n) {
             const int q = p + n - 1;
             if (q < 0 || q >= k.positions) continue;
-            load(hidden, state + vo.at(i - 1, q));
+            load(hidden, a.state + vo.at(i - 1, q));
 #pragma unroll
             for (int j = 0; j < VEC; ++j) dw[n] = fmaf(g[j], hidden[j], dw[n]);
           }
@@ -124,9 +114,9 @@ extern "C" __global__ void __launch_bounds__(512) line_scan_backward(
 #pragma unroll
         for (int n = 0; n < 3; ++n) dw[n] += __shfl_xor_sync(group_mask, dw[n], offset);
       }
-      if (k.active && k.group_lane == 0) {
-        if (normalize) weights_backward(dw, w, raw, p, k.positions);
-        float* const dw_here = dweight + vdw.at(i, p);
+      if (a.dweight && k.active && k.group_lane == 0) {
+        if (a.normalize) weights_backward(dw, w, raw, p, k.positions);
+        float* const dw_here = a.dweight + vdw.at(i, p);
 #pragma unroll
         for (int n = 0; n < 3; ++n) dw_here[n] = dw[n];
       }

@@ -6,29 +6,30 @@
 // u == nullptr means 1; state == nullptr keeps no hidden states.
 #include "common.cuh"
 
-extern "C" __global__ void __launch_bounds__(512) line_scan_forward(
-    const scalar_t* __restrict__ x, const scalar_t* __restrict__ weight, const scalar_t* __restrict__ lam,
-    const scalar_t* __restrict__ u, scalar_t* __restrict__ y, scalar_t* __restrict__ state,
-    float* __restrict__ scratch, const int64 normalize, SHAPE_PARAMETERS, const int64 x_b, const int64 x_h, const int64 x_w,
-    const int64 w_b, const int64 w_h, const int64 w_w, const int64 w_d, const int64 w_g, const int64 l_b,
-    const int64 l_h, const int64 l_w, const int64 l_d, const int64 u_b, const int64 u_h, const int64 u_w,
-    const int64 u_d) {
+struct Parameters {
+  const scalar_t *x, *weight, *lam, *u;
+  scalar_t *y, *state;
+  float* scratch;
+  int64 normalize;
+  ShapeParameters shape;
+  int64 x_b, x_h, x_w, w_b, w_h, w_w, w_d, w_g, l_b, l_h, l_w, l_d, u_b, u_h, u_w, u_d, y_b, y_h, y_w, y_d;
+};
+
+extern "C" __global__ void __launch_bounds__(512) line_scan_forward(const __grid_constant__ Parameters a) {
   extern __shared__ __align__(16) float shared[];
-  const Shape shape = SHAPE_FROM_PARAMETERS;
+  const Shape shape = make_shape(a.shape);
   const Task k = make_task(shape);
   if (k.begin >= k.end) return;  // directions with fewer lines have fewer chunks
 
   // Two lines of h, [position][lane][VEC]: the previous line is read while the next is written.
   const int64 line_size = (int64)k.positions * k.lanes * VEC;
-  float* const lines_of_h = scratch ? scratch + (int64)blockIdx.x * 2 * max(shape.height, shape.width) * k.lanes * VEC
+  float* const lines_of_h = a.scratch ? a.scratch + (int64)blockIdx.x * 2 * max(shape.height, shape.width) * k.lanes * VEC
                                     : shared;
-  const int64 o_w = (int64)shape.directions * shape.channels, o_h = o_w * shape.width;
-  const int64 o_base = k.batch * o_h * shape.height + (int64)k.slot * shape.channels + k.channel;
-  const View vx = view_along(k.direction, k.lines, k.batch * x_b + k.channel, x_h, x_w);
-  const View vw = view_along(k.direction, k.lines, k.batch * w_b + k.slot * w_d + k.group * w_g, w_h, w_w);
-  const View vl = view_along(k.direction, k.lines, k.batch * l_b + k.slot * l_d + k.channel, l_h, l_w);
-  const View vu = view_along(k.direction, k.lines, k.batch * u_b + k.slot * u_d + k.channel, u_h, u_w);
-  const View vo = view_along(k.direction, k.lines, o_base, o_h, o_w);
+  const View vx = view_along(k.direction, k.lines, k.batch * a.x_b + k.channel, a.x_h, a.x_w);
+  const View vw = view_along(k.direction, k.lines, k.batch * a.w_b + k.slot * a.w_d + k.group * a.w_g, a.w_h, a.w_w);
+  const View vl = view_along(k.direction, k.lines, k.batch * a.l_b + k.slot * a.l_d + k.channel, a.l_h, a.l_w);
+  const View vu = view_along(k.direction, k.lines, k.batch * a.u_b + k.slot * a.u_d + k.channel, a.u_h, a.u_w);
+  const View vo = view_along(k.direction, k.lines, k.batch * a.y_b + k.slot * a.y_d + k.channel, a.y_h, a.y_w);
 
   for (int i = k.begin; i < k.end; ++i) {
     const float* const previous = lines_of_h + ((i + 1) & 1) * line_size;
@@ -36,13 +37,13 @@ extern "C" __global__ void __launch_bounds__(512) line_scan_forward(
     if (k.active) {
       for (int p = k.first; p < k.positions; p += k.step) {
         float h[VEC], gate[VEC];
-        load(h, x + vx.at(i, p));
-        load(gate, lam + vl.at(i, p));
+        load(h, a.x + vx.at(i, p));
+        load(gate, a.lam + vl.at(i, p));
 #pragma unroll
         for (int j = 0; j < VEC; ++j) h[j] *= gate[j];
         const int64 here = ((int64)p * k.lanes + k.lane) * VEC;
         if (i > k.begin) {
-          const Weights w = load_weights(weight + vw.at(i, p), p, k.positions, normalize);
+          const Weights w = load_weights(a.weight + vw.at(i, p), p, k.positions, a.normalize);
           const float* const source = previous + here;
           const int row = k.lanes * VEC;
 #pragma unroll
@@ -54,13 +55,13 @@ extern "C" __global__ void __launch_bounds__(512) line_scan_forward(
         }
 #pragma unroll
         for (int j = 0; j < VEC; ++j) current[here + j] = h[j];
-        if (state) store(state + vo.at(i, p), h);
-        if (u) {
-          load(gate, u + vu.at(i, p));
+        if (a.state) store(a.state + vo.at(i, p), h);
+        if (a.u) {
+          load(gate, a.u + vu.at(i, p));
 #pragma unroll
           for (int j = 0; j < VEC; ++j) h[j] *= gate[j];
         }
-        store(y + vo.at(i, p), h);
+        store(a.y + vo.at(i, p), h);
       }
     }
     __syncthreads();

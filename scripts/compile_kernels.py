@@ -34,11 +34,11 @@ class Result:
 def compile_variants(arch: str) -> list[Result]:
     """Every kernel variant for ``arch`` (``"sm_90"``); failures are results, not exceptions."""
     results = []
-    for name, dtype, vec in cupy_backend.variants():
-        label = f"{name}[{str(dtype).removeprefix('torch.')}, {vec}]"
+    for name, dtype, vec, run in cupy_backend.variants():
+        label = f"{name}[{str(dtype).removeprefix('torch.')}, {vec}x{run}]"
         start = time.perf_counter()
         try:
-            size, error = len(cupy_backend.compile_cubin(name, dtype, vec, arch)), ""
+            size, error = len(cupy_backend.compile_cubin(name, dtype, vec, run, arch)), ""
         except RuntimeError as failure:
             size, error = 0, str(failure)
         results.append(Result(label, arch, time.perf_counter() - start, size, error))

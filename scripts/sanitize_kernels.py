@@ -14,7 +14,8 @@ import sys
 
 import torch
 
-from gspn2_diffusion.ops import cupy_backend
+from gspn2_diffusion.ops import cupy_backend, scan_kernels
+from gspn2_diffusion.ops.plans import Problem, Tile, tiled_plan
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (33, 65), (64, 64), (1023, 17), (1100, 40)]
 CHANNELS = [(1, 1), (5, 1), (48, 1), (16, 2), (8, 8)]  # (C, G)
@@ -35,21 +36,61 @@ def run_case(
     lam, u, dy = (draw(*grid, d, channels) for _ in range(3))
     options = (DIRECTIONS, chunk_size, True)
     gate = u if with_u else None
-    y, state = cupy_backend.line_scan_forward(x, weight, lam, gate, *options, True)
-    cupy_backend.line_scan_backward(dy, x, weight, lam, gate, state if with_u else y, *options)
+    y, state = scan_kernels.line_scan_forward(x, weight, lam, gate, *options, True)
+    kept = y if state is None else state
+    scan_kernels.line_scan_backward(dy, x, weight, lam, gate, kept, *options)
+
+
+TILES = [  # (H, W), channels, tile: the kinds of launch that small pictures do not get by themselves
+    ((33, 65), 48, Tile(8, 3, 16, 1, 0, 1)),
+    ((61, 90), 32, Tile(4, 1, 16, 2, 8, 4)),
+    ((61, 90), 32, Tile(8, 3, 32, 2, 4, 2)),
+    ((130, 97), 16, Tile(8, 1, 16, 4, 4, 1)),
+    ((150, 190), 64, Tile(8, 1, 32, 8, 8, 2)),
+    ((310, 318), 16, Tile(8, 1, 16, 16, 8, 2)),
+]
+
+
+def run_tile(size: tuple[int, int], channels: int, tile: Tile) -> None:
+    """A forward and a backward launch with a given tile."""
+    grid, d = (1, *size), len(DIRECTIONS)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+    inputs = (draw(*grid, channels), draw(*grid, d, 1, 3), draw(*grid, d, channels), draw(*grid, d, channels))
+    limit = cupy_backend.shared_limit(torch.cuda.current_device())
+    plans = [
+        tiled_plan(Problem(*grid, channels, 1, tuple(DIRECTIONS), 0, 2, backward), tile, True, limit)
+        for backward in (False, True)
+    ]
+    options = (DIRECTIONS, 0, True)
+    _, state = scan_kernels.line_scan_forward(*inputs, *options, True, plan=plans[0])
+    assert state is not None
+    scan_kernels.line_scan_backward(draw(*grid, d, channels), *inputs, state, *options, plan=plans[1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="leave out the two tall shapes")
+    parser.add_argument("--tall", action="store_true", help="only the two tall shapes")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this needs a CUDA GPU")
-    shapes = SHAPES[:-2] if options.small else SHAPES
+    shapes = SHAPES[:-2] if options.small else SHAPES[-2:] if options.tall else SHAPES
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     cases = list(itertools.product(shapes, CHANNELS, CHUNKS, dtypes))
     for index, (size, (channels, groups), chunk_size, dtype) in enumerate(cases):
         run_case(size, channels, groups, chunk_size, dtype, with_u=index % 2 == 0)
+        if index % 10 == 9:
+            torch.cuda.synchronize()
+            print(f"{index + 1} of {len(cases)} cases", flush=True)
+    if not options.tall:
+        for size, channels, tile in TILES:
+            if tile.cluster in cupy_backend.clusters(torch.cuda.current_device()):
+                run_tile(size, channels, tile)
+                torch.cuda.synchronize()
+                print(tile, flush=True)
     torch.cuda.synchronize()
     print(f"ran {len(cases)} cases")
 

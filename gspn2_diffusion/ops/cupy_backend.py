@@ -6,20 +6,27 @@ for the GPU at hand; CuPy keeps the binaries in its disk cache.
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import os
+import re
 import time
-from dataclasses import dataclass
+from array import array
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-KERNELS = ("line_scan_forward", "line_scan_backward")
+from gspn2_diffusion.ops.plans import RUNS, Plan
+
+GENERIC = ("line_scan_forward", "line_scan_backward")
+TILED = ("line_scan_forward_tiled", "line_scan_backward_tiled")
+FINISH = "line_scan_finish"
+CLUSTERS = (1, 2, 4, 8, 16)
+_NON_PORTABLE_CLUSTER = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
 _SCALAR = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_MAX_THREADS = 512  # __launch_bounds__ of the kernels
-_PREFERRED_SHARED_BYTES = 48 * 1024  # more would leave too few blocks on a multiprocessor
-_MAX_GRID = 2**31 - 1
 
 
 # ---- sources and compilation --------------------------------------------------------------------
@@ -38,25 +45,41 @@ def source_folder() -> Path:
     raise FileNotFoundError(f"the CUDA sources are missing: no common.cuh in {package / 'cuda'}")
 
 
-def kernel_source(name: str, dtype: torch.dtype, vec: int) -> str:
+def kernel_source(name: str, dtype: torch.dtype, vec: int, run: int = 1) -> str:
     """The complete source of one kernel variant, headers included, so that it is its own cache key."""
-    folder = source_folder()
-    body = (folder / f"{name}.cu").read_text()
-    header = (folder / "common.cuh").read_text().replace("#pragma once", "")
-    preamble = f"#define SCALAR {_SCALAR[dtype]}\n#define VEC {vec}\n"
-    line = body[: body.index('#include "common.cuh"')].count("\n") + 2
-    included = f'#line 1 "common.cuh"\n{header}\n#line {line} "{name}.cu"'
-    return f'{preamble}#line 1 "{name}.cu"\n' + body.replace('#include "common.cuh"', included)
+    preamble = f"#define SCALAR {_SCALAR[dtype]}\n#define VEC {vec}\n#define RUN {run}\n"
+    return preamble + _include(f"{name}.cu", set())
 
 
-def variants() -> list[tuple[str, torch.dtype, int]]:
-    """Every (kernel, dtype, vector width) that can be launched."""
-    widths = {dtype: (1, 2, 4) if dtype == torch.float32 else (1, 2, 4, 8) for dtype in _SCALAR}
-    return [(name, dtype, vec) for name in KERNELS for dtype in _SCALAR for vec in widths[dtype]]
+def _include(name: str, done: set[str]) -> str:
+    """A source file with its headers in place of their ``#include`` lines, each once."""
+    done.add(name)
+    lines = [f'#line 1 "{name}"']
+    for number, line in enumerate((source_folder() / name).read_text().splitlines(), 1):
+        header = re.fullmatch(r'#include "(\w+\.cuh)"', line)
+        if header is None:
+            lines.append("" if line == "#pragma once" else line)
+        elif header[1] not in done:
+            lines += [_include(header[1], done), f'#line {number + 1} "{name}"']
+    return "\n".join(lines)
+
+
+Variant = tuple[str, torch.dtype, int, int]
+
+
+def variants() -> list[Variant]:
+    """Every (kernel, dtype, channels of a thread, positions of a thread) that can be launched."""
+    found = []
+    for dtype in _SCALAR:
+        chunk = 16 // dtype.itemsize
+        found += [(name, dtype, 1 << n, 1) for name in GENERIC for n in range(chunk.bit_length())]
+        found += [(name, dtype, vec * 2 // dtype.itemsize, run) for name in TILED for vec, run in RUNS]
+        found += [(FINISH, dtype, chunk, 1)]
+    return found
 
 
 def compile_all(arch: str | None = None) -> dict[str, float]:
-    """Compile every kernel variant.
+    """Compile every kernel variant, several at a time.
 
     Args:
         arch: such as ``"sm_90"``: compiled with NVRTC alone, which needs neither a GPU nor a driver, and
@@ -68,18 +91,22 @@ def compile_all(arch: str | None = None) -> dict[str, float]:
     Raises:
         RuntimeError: a variant does not compile; the message holds the compiler's log.
     """
-    seconds = {}
-    for name, dtype, vec in variants():
+    device = torch.cuda.current_device() if arch is None else -1
+
+    def build(variant: Variant) -> tuple[str, float]:
+        name, dtype, vec, run = variant
         start = time.perf_counter()
         if arch is None:
-            _kernel(torch.cuda.current_device(), name, dtype, vec)
+            _module(device, *variant)
         else:
-            compile_cubin(name, dtype, vec, arch)
-        seconds[f"{name}[{str(dtype).removeprefix('torch.')}, {vec}]"] = time.perf_counter() - start
-    return seconds
+            compile_cubin(*variant, arch)
+        return f"{name}[{str(dtype).removeprefix('torch.')}, {vec}x{run}]", time.perf_counter() - start
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(pool.map(build, variants()))
 
 
-def compile_cubin(name: str, dtype: torch.dtype, vec: int, arch: str) -> bytes:
+def compile_cubin(name: str, dtype: torch.dtype, vec: int, run: int, arch: str) -> bytes:
     """One kernel variant as machine code for ``arch`` (``"sm_90"``); needs no GPU.
 
     Raises:
@@ -87,7 +114,7 @@ def compile_cubin(name: str, dtype: torch.dtype, vec: int, arch: str) -> bytes:
     """
     from cupy_backends.cuda.libs import nvrtc
 
-    program = nvrtc.createProgram(kernel_source(name, dtype, vec), f"{name}.cu", (), ())
+    program = nvrtc.createProgram(kernel_source(name, dtype, vec, run), f"{name}.cu", (), ())
     try:
         nvrtc.compileProgram(program, (*_options(), f"--gpu-architecture={arch}"))
         return nvrtc.getCUBIN(program)
@@ -103,23 +130,55 @@ def _options() -> tuple[str, ...]:
 
 
 @functools.cache
-def _kernel(device: int, name: str, dtype: torch.dtype, vec: int) -> Any:
-    """The loaded kernel of one device; CuPy loads a module into the current context only."""
+def _module(device: int, name: str, dtype: torch.dtype, vec: int, run: int) -> Any:
+    """A compiled source of one device; CuPy loads a module into the current context only."""
     import cupy
 
     with cupy.cuda.Device(device):
-        module = cupy.RawModule(code=kernel_source(name, dtype, vec), options=_options(), backend="nvrtc")
-        kernel = module.get_function(name)
-        kernel.max_dynamic_shared_size_bytes = _shared_limit(device)
+        module = cupy.RawModule(
+            code=kernel_source(name, dtype, vec, run), options=_options(), backend="nvrtc"
+        )
+        module.compile()
+    return module
+
+
+@functools.cache
+def _kernel(device: int, name: str, entry: str, dtype: torch.dtype, vec: int, run: int) -> Any:
+    import cupy
+    from cupy_backends.cuda.api import driver
+
+    with cupy.cuda.Device(device):
+        kernel = _module(device, name, dtype, vec, run).get_function(entry)
+        kernel.max_dynamic_shared_size_bytes = shared_limit(device)
+        if entry.endswith("_16"):  # more than the 8 blocks that every GPU with clusters allows
+            driver.funcSetAttribute(kernel.kernel.ptr, _NON_PORTABLE_CLUSTER, 1)
     return kernel
 
 
 @functools.cache
-def _shared_limit(device: int) -> int:
+def shared_limit(device: int) -> int:
     """Bytes of dynamic shared memory one block may have."""
     import cupy
 
     return int(cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"])
+
+
+@functools.cache
+def processors(device: int) -> int:
+    """Multiprocessors of a device."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def has_accelerator(device: int) -> bool:
+    """Whether a device has the tensor memory accelerator and thread-block clusters."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
+def clusters(device: int) -> tuple[int, ...]:
+    """Cluster sizes that the tiled kernels may use on a device."""
+    return CLUSTERS if has_accelerator(device) else (1,)
 
 
 # ---- availability -------------------------------------------------------------------------------
@@ -138,246 +197,92 @@ def _try_device(device: int) -> tuple[bool, str]:
     try:
         import cupy
 
-        _kernel(device, KERNELS[0], torch.float32, 1)
+        _kernel(device, GENERIC[0], GENERIC[0], torch.float32, 1, 1)
         return True, f"CuPy {cupy.__version__} on {torch.cuda.get_device_name(device)}"
     except Exception as error:  # whatever is broken about the installation is the reason to report
         lines = str(error).splitlines()
         return False, f"CuPy cannot run the kernels: {type(error).__name__}: {lines[0] if lines else ''}"
 
 
+# ---- tensor maps --------------------------------------------------------------------------------
+
+_MAP_TYPES = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}  # CUtensorMapDataType
+PROMOTION = 0  # CUtensorMapL2promotion: none, 64, 128 or 256 bytes
+
+
+@functools.cache
+def _encode_tensor_map() -> Any:
+    """The driver's ``cuTensorMapEncodeTiled``, which CuPy does not bind."""
+    library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    return library.cuTensorMapEncodeTiled
+
+
+def tensor_map(
+    dtype: torch.dtype, pointer: int, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]
+) -> tuple[int, ...]:
+    """A tensor for the tensor memory accelerator, as the 16 words of a ``CUtensorMap``.
+
+    Args:
+        sizes: elements of each dimension, innermost first.
+        strides: in elements, of every dimension but the innermost, which is contiguous.
+        box: elements of what one copy takes, zeros where it reaches outside.
+
+    Raises:
+        RuntimeError: the driver refuses.
+    """
+    rank = len(sizes)
+    words = (ctypes.c_int64 * 24)()
+    offset = -ctypes.addressof(words) % 64 // 8
+    status = _encode_tensor_map()(
+        ctypes.c_void_p(ctypes.addressof(words) + 8 * offset),
+        ctypes.c_int(_MAP_TYPES[dtype]),
+        ctypes.c_uint32(rank),
+        ctypes.c_void_p(pointer),
+        (ctypes.c_uint64 * rank)(*sizes),
+        (ctypes.c_uint64 * (rank - 1))(*(stride * dtype.itemsize for stride in strides)),
+        (ctypes.c_uint32 * rank)(*box),
+        (ctypes.c_uint32 * rank)(*[1] * rank),
+        *(ctypes.c_int(value) for value in (0, 0, PROMOTION, 0)),  # not interleaved, not swizzled, zero fill
+    )
+    if status:
+        raise RuntimeError(f"cuTensorMapEncodeTiled failed with status {status} for sizes {tuple(sizes)}")
+    return tuple(words[offset : offset + 16])
+
+
 # ---- launch -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """How one problem is spread over threads and blocks; see ``struct Task`` in ``common.cuh``."""
-
-    vec: int
-    lanes_per_group: int
-    groups_per_block: int
-    channel_slices: int
-    group_slices: int
-    chunk_size: int
-    chunks: int
-    grid: int
-    threads: int
-    shared_bytes: int
-    scratch_floats: int  # per block, used instead of shared memory when a line does not fit
+_PADDING = (0,) * 8  # a struct with maps is padded to a multiple of 64 bytes
 
 
-def _vector_width(dtype: torch.dtype, per_group: int, tensors: list[tuple[Tensor, int]]) -> int:
-    """The widest access, up to 16 bytes, that every tensor's address and strides allow.
+def launch(
+    plan: Plan,
+    dtype: torch.dtype,
+    device: int,
+    pointers: Sequence[int],
+    strides: Sequence[int],
+    maps: Sequence[int] = (),
+) -> None:
+    """Launch a plan on torch's current stream: maps, pointers, the plan's parameters, strides, in this order.
 
-    Args:
-        per_group: channels of one group; a vector stays inside its group.
-        tensors: each with the number of its leading dimensions whose strides the kernel uses.
+    The kernel takes them as one struct of 64-bit members. CuPy's own call would convert every argument and
+    switch device and stream each time, so the driver is called through CuPy's binding instead.
     """
-    vec = 16 // dtype.itemsize
-    while vec > 1:
-        size = vec * dtype.itemsize
-        if per_group % vec == 0 and all(
-            t.data_ptr() % size == 0
-            and all(s % vec == 0 for s, length in zip(t.stride()[:n], t.shape, strict=False) if length > 1)
-            for t, n in tensors
-        ):
-            break
-        vec //= 2
-    return vec
+    if torch.cuda.current_device() != device:
+        with torch.cuda.device(device):
+            return launch(plan, dtype, device, pointers, strides, maps)
+    from cupy_backends.cuda.api import driver
 
-
-def _make_plan(x: Tensor, groups: int, directions: list[int], chunk: int, vec: int, backward: bool) -> _Plan:
-    batch, height, width, channels = x.shape
-    per_group = channels // groups
-    longest_scan = max(height if d < 2 else width for d in directions)
-    longest_line = max(width if d < 2 else height for d in directions)
-    limit = _shared_limit(x.device.index)
-    lanes = min(32, _power_of_two(-(-per_group // vec)))
-    group_lanes = min(_power_of_two(groups), 32 // lanes)
-
-    def floats_per_position(lanes: int, group_lanes: int) -> int:
-        return 2 * (lanes * group_lanes * vec + (3 * group_lanes if backward else 0))
-
-    while 4 * longest_line * floats_per_position(lanes, group_lanes) > min(limit, _PREFERRED_SHARED_BYTES):
-        if group_lanes > 1:
-            group_lanes //= 2
-        elif lanes > 1:
-            lanes //= 2
-        else:
-            break
-    floats = floats_per_position(lanes, group_lanes)
-    shared = 4 * longest_line * floats
-    fits = shared <= limit
-    channel_slices = -(-per_group // (vec * lanes))
-    group_slices = -(-groups // group_lanes)
-    chunk = min(chunk or longest_scan, longest_scan)
-    chunks = -(-longest_scan // chunk)
-    grid = channel_slices * group_slices * chunks * len(directions) * batch
-    if grid > _MAX_GRID:
-        raise ValueError(
-            f"x of shape {tuple(x.shape)} needs {grid} blocks, more than the {_MAX_GRID} of a launch"
-        )
-    per_position = lanes * group_lanes
-    return _Plan(
-        vec=vec,
-        lanes_per_group=lanes,
-        groups_per_block=group_lanes,
-        channel_slices=channel_slices,
-        group_slices=group_slices,
-        chunk_size=chunk,
-        chunks=chunks,
-        grid=grid,
-        threads=per_position * min(longest_line, _MAX_THREADS // per_position),
-        shared_bytes=shared if fits else 0,
-        scratch_floats=0 if fits else max(height, width) * floats,
+    function = _kernel(device, plan.source, plan.entry, dtype, plan.vec, plan.run).kernel.ptr
+    struct = array("q", (*maps, *pointers, *plan.parameters, *strides, *_PADDING))
+    arguments = array("Q", (struct.buffer_info()[0],))
+    driver.launchKernel(
+        function,
+        *(plan.grid, 1, 1),
+        *(plan.threads, 1, 1),
+        plan.shared_bytes,
+        torch.cuda.current_stream(device).cuda_stream,
+        arguments.buffer_info()[0],
+        0,
     )
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def _shape_arguments(x: Tensor, groups: int, directions: list[int], plan: _Plan) -> tuple[int, ...]:
-    packed = sum(code << (2 * slot) for slot, code in enumerate(directions))
-    return (
-        *x.shape,
-        groups,
-        len(directions),
-        packed,
-        plan.chunk_size,
-        plan.chunks,
-        plan.lanes_per_group,
-        plan.groups_per_block,
-        plan.channel_slices,
-        plan.group_slices,
-    )
-
-
-class _TorchStream:
-    """A torch stream as CuPy takes it (the CUDA stream protocol)."""
-
-    def __init__(self, pointer: int) -> None:
-        self._pointer = pointer
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return (0, self._pointer)
-
-
-def _launch(name: str, dtype: torch.dtype, device: int, plan: _Plan, arguments: tuple[int, ...]) -> None:
-    import cupy
-
-    kernel = _kernel(device, name, dtype, plan.vec)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    with cupy.cuda.Device(device), cupy.cuda.Stream.from_external(_TorchStream(stream)):
-        kernel((plan.grid,), (plan.threads,), arguments, shared_mem=plan.shared_bytes)
-
-
-def _unit_last_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _scratch(plan: _Plan, device: torch.device) -> Tensor | None:
-    floats = plan.scratch_floats * plan.grid
-    return torch.empty(floats, dtype=torch.float32, device=device) if floats else None
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def line_scan_forward(
-    x: Tensor,
-    weight: Tensor,
-    lam: Tensor,
-    u: Tensor | None,
-    directions: list[int],
-    chunk_size: int,
-    normalize: bool,
-    save_state: bool,
-) -> tuple[Tensor, Tensor]:
-    """One launch of the forward kernel on torch's current stream.
-
-    Args:
-        directions: indices into ``("down", "up", "right", "left")``.
-        chunk_size: 0 for none.
-        save_state: keep the hidden states for the backward pass. Without ``u`` they are ``y`` itself.
-
-    Returns:
-        ``y (B, H, W, D, C)``, and the hidden states of the same shape, or an empty tensor if none are kept
-        apart from ``y``.
-    """
-    batch, height, width, channels = x.shape
-    y = x.new_empty(batch, height, width, len(directions), channels)
-    state = torch.empty_like(y) if save_state and u is not None else x.new_empty(0)
-    if y.numel() == 0:
-        return y, state
-    x, weight, lam = _unit_last_stride(x), _unit_last_stride(weight), _unit_last_stride(lam)
-    u = None if u is None else _unit_last_stride(u)
-    gates = [(lam, 4)] if u is None else [(lam, 4), (u, 4)]
-    groups = weight.shape[4]
-    vec = _vector_width(x.dtype, channels // groups, [(x, 3), *gates])
-    plan = _make_plan(x, groups, directions, chunk_size, vec, backward=False)
-    scratch = _scratch(plan, x.device)
-    arguments = (
-        *(_pointer(t) for t in (x, weight, lam, u, y)),
-        _pointer(state) if state.numel() else 0,
-        _pointer(scratch),
-        int(normalize),
-        *_shape_arguments(x, groups, directions, plan),
-        *x.stride()[:3],
-        *weight.stride()[:5],
-        *lam.stride()[:4],
-        *((0, 0, 0, 0) if u is None else u.stride()[:4]),
-    )
-    _launch("line_scan_forward", x.dtype, x.device.index, plan, arguments)
-    return y, state
-
-
-def line_scan_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lam: Tensor,
-    u: Tensor | None,
-    state: Tensor,
-    directions: list[int],
-    chunk_size: int,
-    normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One launch of the backward kernel, and two sums of partial results beside it.
-
-    Args:
-        dy: ``(B, H, W, D, C)`` gradient of ``y``.
-        state: the hidden states that :func:`line_scan_forward` kept.
-
-    Returns:
-        Gradients of ``x, weight, lam, u``, contiguous, in the inputs' dtype (that of ``u`` is empty without
-        ``u``).
-    """
-    batch, height, width, channels = x.shape
-    dlam = x.new_empty(batch, height, width, len(directions), channels)
-    du = x.new_empty(0) if u is None else torch.empty_like(dlam)
-    groups = weight.shape[4]
-    if dlam.numel() == 0:
-        return torch.zeros_like(x), x.new_zeros(weight.shape), dlam, du
-    dy, x, weight, lam = (_unit_last_stride(t) for t in (dy, x, weight, lam))
-    u = None if u is None else _unit_last_stride(u)
-    gates = [(lam, 4), (dy, 4)] if u is None else [(lam, 4), (dy, 4), (u, 4)]
-    vec = _vector_width(x.dtype, channels // groups, [(x, 3), (state, 4), *gates])
-    plan = _make_plan(x, groups, directions, chunk_size, vec, backward=True)
-    scratch = _scratch(plan, x.device)
-    dx = torch.empty(len(directions), *x.shape, dtype=torch.float32, device=x.device)
-    dweight = torch.empty(plan.channel_slices, *weight.shape, dtype=torch.float32, device=x.device)
-    arguments = (
-        *(_pointer(t) for t in (dy, x, weight, lam, u, state, dx, dweight, dlam)),
-        _pointer(du) if du.numel() else 0,
-        _pointer(scratch),
-        int(normalize),
-        *_shape_arguments(x, groups, directions, plan),
-        *dy.stride()[:4],
-        *x.stride()[:3],
-        *weight.stride()[:5],
-        *lam.stride()[:4],
-        *((0, 0, 0, 0) if u is None else u.stride()[:4]),
-    )
-    _launch("line_scan_backward", x.dtype, x.device.index, plan, arguments)
-    return dx.sum(0).to(x.dtype), dweight.sum(0).to(x.dtype), dlam, du
+    return None

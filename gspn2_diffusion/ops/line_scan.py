@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gspn2_diffusion.ops import cupy_backend
+from gspn2_diffusion.ops import cupy_backend, scan_kernels
 from gspn2_diffusion.ops.reference import line_scan_reference
-from gspn2_diffusion.ops.torch_library import line_scan_forward
+from gspn2_diffusion.ops.torch_library import LineScan, line_scan_forward
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +18,7 @@ DIRECTIONS = ("down", "up", "right", "left")
 BACKENDS = ("auto", "cupy", "reference")
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _REFERENCE_DTYPES = (*_KERNEL_DTYPES, torch.float64)
+_EAGER_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def line_scan(
@@ -81,8 +82,12 @@ def line_scan(
     codes = [DIRECTIONS.index(name) for name in directions]
     tensors = (x, weight, lam) if u is None else (x, weight, lam, u)
     save_state = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    y, _ = line_scan_forward(x, weight, lam, u, codes, chunk_size or 0, normalize, save_state)
-    return y
+    arguments = (x, weight, lam, u, codes, chunk_size or 0, normalize)
+    if torch.compiler.is_compiling() or type(x) not in _EAGER_TYPES:  # traced, faked or wrapped
+        return line_scan_forward(*arguments, save_state)[0]
+    if save_state:
+        return LineScan.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
+    return scan_kernels.line_scan_forward(*arguments, False)[0]
 
 
 def _choose_backend(backend: str, x: Tensor) -> str:

@@ -1,4 +1,7 @@
-"""The CUDA kernels as torch operators: fake implementations for tracing, and the gradient."""
+"""The CUDA kernels inside torch: an autograd function for eager calls, custom operators for tracing.
+
+The operators have fake implementations and a gradient; the function does the same with less work on the host.
+"""
 
 from __future__ import annotations
 
@@ -6,45 +9,54 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from gspn2_diffusion.ops import cupy_backend
+from gspn2_diffusion.ops import scan_kernels
 
 _NAMESPACE = "gspn2_diffusion"
+_INPUTS = "Tensor x, Tensor weight, Tensor lam, Tensor? u"
 _SCAN = "int[] directions, int chunk_size, bool normalize"
+
+
+class LineScan(torch.autograd.Function):
+    """``apply(x, weight, lam, u, directions, chunk_size, normalize)`` returns ``y``; differentiable once."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, weight, lam, u, directions, chunk_size, normalize = inputs
+        ctx.options = (directions, chunk_size, normalize)
+        y, state = scan_kernels.line_scan_forward(x, weight, lam, u, directions, chunk_size, normalize, True)
+        ctx.save_for_backward(x, weight, lam, u, y if u is None else state)  # without u, y is the state
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lam, u, state = ctx.saved_tensors
+        directions, chunk_size, normalize = ctx.options
+        grads = scan_kernels.line_scan_backward(
+            dy, x, weight, lam, u, state, directions, chunk_size, normalize, ctx.needs_input_grad[:4]
+        )
+        return *grads, None, None, None
 
 
 @torch.library.custom_op(
     f"{_NAMESPACE}::line_scan_forward",
     mutates_args=(),
     device_types="cuda",
-    schema=f"(Tensor x, Tensor weight, Tensor lam, Tensor? u, {_SCAN}, bool save_state) -> (Tensor, Tensor)",
+    schema=f"({_INPUTS}, {_SCAN}, bool save_state) -> (Tensor, Tensor)",
 )
-def line_scan_forward(
-    x: Tensor,
-    weight: Tensor,
-    lam: Tensor,
-    u: Tensor | None,
-    directions: list[int],
-    chunk_size: int,
-    normalize: bool,
-    save_state: bool,
-) -> tuple[Tensor, Tensor]:
-    return cupy_backend.line_scan_forward(x, weight, lam, u, directions, chunk_size, normalize, save_state)
+def line_scan_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    y, state = scan_kernels.line_scan_forward(x, *arguments)
+    return y, x.new_empty(0) if state is None else state
 
 
 @line_scan_forward.register_fake
 def _(
-    x: Tensor,
-    weight: Tensor,
-    lam: Tensor,
-    u: Tensor | None,
-    directions: list[int],
-    chunk_size: int,
-    normalize: bool,
-    save_state: bool,
+    x: Tensor, weight: Tensor, lam: Tensor, u: Tensor | None, directions: list[int], *options: Any
 ) -> tuple[Tensor, Tensor]:
-    batch, height, width, channels = x.shape
-    y = x.new_empty(batch, height, width, len(directions), channels)
+    y = x.new_empty(*x.shape[:3], len(directions), x.shape[3])
+    save_state = options[-1]
     return y, torch.empty_like(y) if save_state and u is not None else x.new_empty(0)
 
 
@@ -52,49 +64,30 @@ def _(
     f"{_NAMESPACE}::line_scan_backward",
     mutates_args=(),
     device_types="cuda",
-    schema=f"(Tensor dy, Tensor x, Tensor weight, Tensor lam, Tensor? u, Tensor state, {_SCAN}) "
+    schema=f"(Tensor dy, {_INPUTS}, Tensor state, {_SCAN}, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
-def line_scan_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lam: Tensor,
-    u: Tensor | None,
-    state: Tensor,
-    directions: list[int],
-    chunk_size: int,
-    normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return cupy_backend.line_scan_backward(dy, x, weight, lam, u, state, directions, chunk_size, normalize)
+def line_scan_backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    grads = scan_kernels.line_scan_backward(dy, *arguments)
+    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
 
 @line_scan_backward.register_fake
 def _(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lam: Tensor,
-    u: Tensor | None,
-    state: Tensor,
-    directions: list[int],
-    chunk_size: int,
-    normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        x.new_empty(x.shape),
-        x.new_empty(weight.shape),
-        x.new_empty(lam.shape),
-        x.new_empty(0) if u is None else x.new_empty(u.shape),
+    dy: Tensor, x: Tensor, weight: Tensor, lam: Tensor, u: Tensor | None, state: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
+    wanted = options[-1]
+    return tuple(
+        dy.new_empty(tensor.shape if want and tensor is not None else (0,))
+        for tensor, want in zip((x, weight, lam, u), wanted, strict=True)
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, lam, u, directions, chunk_size, normalize, save_state = inputs
+    x, weight, lam, u, *options, ctx.saved_state = inputs
     y, state = output
     ctx.save_for_backward(x, weight, lam, u, y if u is None else state)  # without u, y is the state
-    ctx.options = (directions, chunk_size, normalize)
-    ctx.saved_state = save_state
+    ctx.options = options
     ctx.mark_non_differentiable(state)
     ctx.set_materialize_grads(False)
 
@@ -104,9 +97,9 @@ def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | N
         return (None,) * 8
     if not ctx.saved_state:
         raise RuntimeError("line_scan_forward was called with save_state=False, so it has no gradient")
-    x, weight, lam, u, state = ctx.saved_tensors
-    dx, dweight, dlam, du = line_scan_backward(dy, x, weight, lam, u, state, *ctx.options)
-    return dx, dweight, dlam, None if u is None else du, None, None, None, None
+    wanted = list(ctx.needs_input_grad[:4])
+    grads = line_scan_backward(dy, *ctx.saved_tensors, *ctx.options, wanted)
+    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *[None] * 4
 
 
 line_scan_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -8,6 +8,7 @@ from scan_cases import ARGUMENTS, SHAPES, SUBSETS, assert_matches, make_inputs, 
 
 from gspn2_diffusion import line_scan
 from gspn2_diffusion.ops import cupy_backend, torch_library
+from gspn2_diffusion.ops.plans import Problem, generic_plan
 
 pytestmark = pytest.mark.gpu
 
@@ -63,8 +64,8 @@ def test_options(dtype, normalize, with_u):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_line_too_long_for_shared_memory(dtype):
     inputs = make_inputs(1, 3, 40_000, 3, directions=2, dtype=dtype, device="cuda")
-    plan = cupy_backend._make_plan(inputs["x"], 1, [0, 1], 0, 1, backward=False)
-    assert plan.scratch_floats > 0
+    problem = Problem(1, 3, 40_000, 3, 1, (0, 1), 0, dtype.itemsize, False)
+    assert generic_plan(problem, 1, cupy_backend.shared_limit(0)).scratch_floats > 0
     assert_matches(inputs, "cupy", directions=("down", "up"))
 
 

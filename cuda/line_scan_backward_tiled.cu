@@ -1,0 +1,412 @@
+// Backward line scan, tiled: one launch; partial sums are added up by line_scan_finish.cu.
+//
+//   g[i] = u[i] dy[i] + W[i+1]^T g[i+1],   dlam = x g,   du = h dy,   dx = sum over the directions of lam g
+//   dW[i][p, k] = sum over the group's channels of g[i, p] h[i-1, p+k-1]
+//
+// Lines run from the last to the first. A stage holds, for line i: dy, u, x, lam, h[i-1] and the weights of line i+1,
+// so that nothing of another stage is needed; h[i] is the h[i-1] of the step before. Every sum runs in a fixed order.
+// The tiles and the roles of the threads: tiled.cuh. Preamble: SCALAR, VEC, RUN. u == nullptr means 1; a gradient that is
+// nullptr is not wanted.
+#include "roles.cuh"
+
+struct Parameters {
+  Map dy_map[2], u_map[2], x_map[2], lam_map[2], state_map[2];  // vertical, horizontal
+  Map dx_map[2], dlam_map[2], du_map[2];
+  const scalar_t *dy, *x, *weight, *lam, *u, *state;
+  scalar_t *dx;      // (D, B, H, W, C), one partial sum for each direction
+  float *dweight;    // (slices, D, B, lines, 3, positions), one partial sum for each slice
+  scalar_t *dlam, *du;
+  Tiling tiling;
+  int64 y_b, y_h, y_w, y_d, x_b, x_h, x_w, w_b, w_h, w_w, w_d, w_g, l_b, l_h, l_w, l_d, u_b, u_h, u_w, u_d;
+  int64 o_b, o_h, o_w, o_d;  // state, dlam, du
+};
+
+// Shared memory: ring of stages, weights of two stages, what consumers leave to each other and what the neighbours sent.
+struct Memory {
+  Layout wide, narrow, around;     // of stages with the halo, without it, and with one position on either side
+  scalar_t *dy, *u, *x, *lam, *h;  // [STAGES][layout]; du, dlam and dx take the places of dy, x and lam
+  float4* weights;                 // [2][stage_lines][extended]: of the line after, from before, here and after
+  float* border;                   // [2][border_elements]
+  float* received;                 // [2][left, right][halo][slice]
+  int64* barriers;                 // [STAGES]
+  __device__ Memory(char* base, const Tile& k, const Tiling& t)
+      : wide(k.extended, (int)t.stage_lines, (int)t.slice, (int)t.boxes),
+        narrow(k.width, (int)t.stage_lines, (int)t.slice, (int)t.boxes),
+        around(k.width + 2, (int)t.stage_lines, (int)t.slice, (int)t.boxes) {
+    const int slice = (int)t.slice, lines = (int)t.stage_lines;
+    dy = reinterpret_cast<scalar_t*>(base);
+    u = dy + STAGES * wide.elements;
+    x = u + STAGES * wide.elements;
+    lam = x + STAGES * narrow.elements;
+    h = lam + STAGES * narrow.elements;
+    weights = reinterpret_cast<float4*>(h + STAGES * around.elements);
+    border = reinterpret_cast<float*>(weights + 2 * lines * k.extended);
+    received = border + 2 * border_elements((int)t.consumers, slice);
+    barriers = reinterpret_cast<int64*>(received + 4 * k.halo * slice);
+  }
+};
+
+// Views of a scan that visits the lines from the last to the first: step r is line end - 1 - r.
+__device__ __forceinline__ View reversed(View v, int end) {
+  v.base += v.line * (end - 1);
+  v.line = -v.line;
+  return v;
+}
+
+struct Copier {
+  const Parameters& a;
+  const Tile& k;
+  const Memory& m;
+  const int slice, capacity, total;
+  __device__ Copier(const Parameters& a, const Tile& k, const Memory& m)
+      : a(a), k(k), m(m), slice((int)a.tiling.slice), capacity((int)a.tiling.stage_lines), total(k.end - k.begin) {}
+
+#if ACCELERATOR
+  __device__ void start() const {
+    for (int n = 0; n < STAGES; ++n) start_barrier(m.barriers + n);
+    publish_barriers();
+  }
+  __device__ void fetch(int stage, int) const {
+    const int step = stage * capacity, slot = stage % STAGES, left = k.start - k.halo;
+    if (step >= total) return;
+    const int boxes = (int)a.tiling.boxes, kind = k.direction >> 1, line = k.end - 1 - step;
+    const bool backwards = k.direction & 1;
+    const int low = backwards ? k.lines - 1 - line : line - capacity + 1;  // lowest line of the stage in memory
+    const int positions = (a.u ? 2 : 1) * m.wide.box_positions + 2 * m.narrow.box_positions + m.around.box_positions;
+    int64* const barrier = m.barriers + slot;
+    expect_bytes(barrier, boxes * positions * capacity * slice * (int)sizeof(scalar_t));
+    copy_stage(m.dy + slot * m.wide.elements, m.wide, boxes, a.dy_map[kind], k.channel, left, low, k.slot, k.batch, barrier);
+    if (a.u)
+      copy_stage(m.u + slot * m.wide.elements, m.wide, boxes, a.u_map[kind], k.channel, left, low, k.slot, k.batch, barrier);
+    copy_stage(m.x + slot * m.narrow.elements, m.narrow, boxes, a.x_map[kind], k.channel, k.start, low, 0, k.batch, barrier);
+    copy_stage(m.lam + slot * m.narrow.elements, m.narrow, boxes, a.lam_map[kind], k.channel, k.start, low, k.slot, k.batch,
+               barrier);
+    copy_stage(m.h + slot * m.around.elements, m.around, boxes, a.state_map[kind], k.channel, k.start - 1,
+               backwards ? low + 1 : low - 1, k.slot, k.batch, barrier);
+  }
+  __device__ void store(int stage, int) const {
+    const int step = stage * capacity, steps = min(capacity, total - step), slot = stage % STAGES;
+    const int boxes = (int)a.tiling.boxes, kind = k.direction >> 1;
+    const bool backwards = k.direction & 1;
+    for (int j = 0; j < steps; ++j) {
+      const int line = k.end - 1 - step - j, row = backwards ? k.lines - 1 - line : line;
+      const int place = backwards ? j : capacity - 1 - j;
+      for (int n = 0; n < boxes; ++n) {
+        const int from = slot * m.narrow.elements + n * m.narrow.box_elements + place * m.narrow.box_positions * slice;
+        const int position = k.start + n * m.narrow.box_positions;
+        if (a.dlam) store_box(a.dlam_map[kind], k.channel, position, row, k.slot, k.batch, m.x + from);
+        if (a.dx) store_box(a.dx_map[kind], k.channel, position, row, k.slot, k.batch, m.lam + from);
+      }
+      if (a.du && boxes == 1)
+        store_box(a.du_map[kind], k.channel, k.start, row, k.slot, k.batch,
+                  m.dy + slot * m.wide.elements + (place * m.wide.box_positions + k.halo) * slice);
+    }
+    commit_stores();
+    wait_stores();
+  }
+#else
+  __device__ void fetch(int stage, int thread) const {
+    const int step = stage * capacity, steps = min(capacity, total - step), slot = stage % STAGES;
+    if (steps > 0) {
+      const auto copy = [&](const scalar_t* to, const scalar_t* from, int64 base, int64 row, int64 column, int first, int count,
+                            int shift) {
+        const View v = reversed(view_along(k.direction, k.lines, base + k.channel, row, column), k.end);
+        copy_lines(thread, to, from, v, step + shift, min(steps, total - step - shift), first, count, k.positions, slice);
+      };
+      const int left = k.start - k.halo;
+      copy(m.dy + slot * m.wide.elements, a.dy, k.batch * a.y_b + k.slot * a.y_d, a.y_h, a.y_w, left, k.extended, 0);
+      if (a.u)
+        copy(m.u + slot * m.wide.elements, a.u, k.batch * a.u_b + k.slot * a.u_d, a.u_h, a.u_w, left, k.extended, 0);
+      copy(m.x + slot * m.narrow.elements, a.x, k.batch * a.x_b, a.x_h, a.x_w, k.start, k.width, 0);
+      copy(m.lam + slot * m.narrow.elements, a.lam, k.batch * a.l_b + k.slot * a.l_d, a.l_h, a.l_w, k.start, k.width, 0);
+      copy(m.h + slot * m.around.elements, a.state, k.batch * a.o_b + k.slot * a.o_d, a.o_h, a.o_w, k.start - 1, k.width + 2, 1);
+    }
+    commit_copies();
+  }
+  __device__ void store(int stage, int thread) const {
+    const int step = stage * capacity, steps = min(capacity, total - step), slot = stage % STAGES;
+    const int64 image = k.batch * a.tiling.height * a.tiling.width, pixels = a.tiling.batch * a.tiling.height * a.tiling.width;
+    const View out = reversed(view_along(k.direction, k.lines, k.batch * a.o_b + k.slot * a.o_d + k.channel, a.o_h, a.o_w), k.end);
+    const View dx = reversed(view_along(k.direction, k.lines, (k.slot * pixels + image) * a.tiling.channels + k.channel,
+                                        a.tiling.width * a.tiling.channels, a.tiling.channels), k.end);
+    const int narrow = slot * m.narrow.elements;
+    if (a.dlam) store_lines(thread, a.dlam, out, step, steps, k.start, k.own, slice, m.x + narrow, k.width);
+    if (a.dx) store_lines(thread, a.dx, dx, step, steps, k.start, k.own, slice, m.lam + narrow, k.width);
+    if (a.du)
+      store_lines(thread, a.du, out, step, steps, k.start, k.own, slice, m.dy + slot * m.wide.elements + k.halo * slice,
+                  k.extended);
+    asm volatile("bar.sync 2, %0;" ::"n"(WEIGHERS) : "memory");
+  }
+#endif
+};
+
+// What a consumer needs of one line for g apart from the g of the line before; read before the barrier that they wait
+// for. h of the line stays as it was loaded; its product with dy is du, which takes the place of dy or goes to `du`.
+struct Line {
+  float source[RUN][VEC], w[RUN][3];
+  __device__ __forceinline__ void load_from(scalar_t* dy, const scalar_t* u, const float4* weights, const int (&at)[RUN], int first,
+                                            int extended, const Vector (&hidden)[RUN], const bool (&wants_du)[RUN],
+                                            scalar_t* du, int64 du_step) {
+    float gate[VEC];
+#pragma unroll
+    for (int r = 0; r < RUN; ++r) {
+      float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+      for (int n = 0; n < VEC; ++n) source[r][n] = 0.0f;
+      if (first + r < extended) {
+        load(source[r], dy + at[r]);
+        if (wants_du[r]) {
+#pragma unroll
+          for (int n = 0; n < VEC; ++n) gate[n] = source[r][n] * to_float(hidden[r].element[n]);
+          store(du ? du + r * du_step : dy + at[r], gate);
+        }
+        if (u) {
+          load(gate, u + at[r]);
+#pragma unroll
+          for (int n = 0; n < VEC; ++n) source[r][n] *= gate[n];
+        }
+        v = weights[r];
+      }
+      w[r][0] = v.x, w[r][1] = v.y, w[r][2] = v.z;
+    }
+  }
+};
+
+template <int CLUSTER>
+__device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k, const Memory& m, int thread, int stages) {
+  const int capacity = (int)a.tiling.stage_lines, total = k.end - k.begin;
+  const bool normalize = a.tiling.normalize;
+  const View view =
+      reversed(view_along(k.direction, k.lines, k.batch * a.w_b + k.slot * a.w_d + k.group * a.w_g, a.w_h, a.w_w), k.end);
+  Weigher weigher(a.weight, view, thread, capacity, k.extended + 2, -1, k.start - k.halo - 1, k.positions);
+  const auto weigh = [&](int stage) {  // nothing comes before the first step
+    float4* const out = m.weights + (stage & 1) * capacity * k.extended;
+    weigher.weigh(stage == 0, total - stage * capacity, normalize, [&](int step, int q, const Weights& w) {
+      float4* const here = out + step * k.extended + q - 1;  // q counts from one position before the tile
+      if (q >= 2) here[-1].z = w.w[0];
+      if (q >= 1 && q <= k.extended) here[0].y = w.w[1];
+      if (q < k.extended) here[1].x = w.w[2];
+    });
+  };
+#if !ACCELERATOR
+  const Copier copier(a, k, m);
+#pragma unroll 1
+  for (int stage = 0; stage < STAGES - 1; ++stage) copier.fetch(stage, thread);
+  wait_copies<STAGES - 2>();
+#endif
+  weigher.fetch(1, total);
+  weigh(0);
+  weigher.fetch(0, total - capacity);
+  cluster_barrier<CLUSTER>();
+  int since = 0;
+#pragma unroll 1
+  for (int stage = 0; stage < stages; ++stage) {
+#if !ACCELERATOR
+    if (stage > 0) copier.store(stage - 1, thread);
+    copier.fetch(stage + STAGES - 1, thread);
+    wait_copies<STAGES - 2>();
+#endif
+    weigh(stage + 1);
+    weigher.fetch(0, total - (stage + 2) * capacity);
+    since += min(capacity, total - stage * capacity);
+    const bool exchange = CLUSTER > 1 && since == k.halo;
+    if (exchange) since = 0;
+    stage_barrier<CLUSTER>(exchange);
+  }
+#if !ACCELERATOR
+  copier.store(stages - 1, thread);
+#endif
+}
+
+template <int CLUSTER>
+__device__ __forceinline__ void copy_stages(const Parameters& a, const Tile& k, const Memory& m, int lane, int stages) {
+  const Copier copier(a, k, m);
+#if ACCELERATOR
+  if (lane == 0) {
+    copier.start();
+    for (int stage = 0; stage < STAGES; ++stage) copier.fetch(stage, 0);
+  }
+  __syncwarp();
+#endif
+  cluster_barrier<CLUSTER>();
+  int since = 0;
+#pragma unroll 1
+  for (int stage = 0; stage < stages; ++stage) {
+#if ACCELERATOR
+    if (lane == 0 && stage > 0) {
+      copier.store(stage - 1, 0);
+      copier.fetch(stage - 1 + STAGES, 0);
+    }
+    __syncwarp();
+#endif
+    since += min(copier.capacity, copier.total - stage * copier.capacity);
+    const bool exchange = CLUSTER > 1 && since == k.halo;
+    if (exchange) since = 0;
+    stage_barrier<CLUSTER>(exchange);
+  }
+#if ACCELERATOR
+  if (lane == 0) copier.store(stages - 1, 0);
+#endif
+}
+
+template <int CLUSTER>
+__device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& k, const Memory& m, int thread, int stages) {
+  const Tiling& t = a.tiling;
+  const int slice = (int)t.slice, capacity = (int)t.stage_lines, consumers = (int)t.consumers, total = k.end - k.begin;
+  const int border = border_elements(consumers, slice);
+#pragma unroll 1
+  for (int n = thread; n < 2 * border + 4 * k.halo * slice; n += consumers) m.border[n] = 0.0f;
+
+  const Place at(thread, slice);
+  const Exchange exchange = {m.received, k.halo, k.own, slice, k.rank, CLUSTER};
+  const int p = k.start - k.halo + at.first;
+  const View out = reversed(
+      view_along(k.direction, k.lines, k.batch * a.o_b + k.slot * a.o_d + k.channel, a.o_h, a.o_w), k.end);
+  scalar_t* du = a.du && t.boxes > 1 ? a.du + out.at(0, p) + at.c : nullptr;  // where the accelerator cannot store it
+  const bool backwards = k.direction & 1;
+  const int64 plane = 3 * (int64)k.positions;
+  float* dweight = a.dweight;
+  if (dweight) {
+    const int row = backwards ? k.lines - k.end : k.end - 1;
+    dweight += (((k.slice * t.directions + k.slot) * t.batch + k.batch) * k.lines + row) * plane + p;
+  }
+  Carry g;
+  Vector hidden[RUN];  // h of this step
+  int at_wide[RUN], at_narrow[RUN];
+  bool own[RUN], wants_du[RUN];
+#pragma unroll
+  for (int r = 0; r < RUN; ++r) {
+    const int q = at.first + r;
+    own[r] = at.used && q >= k.halo && q < k.halo + k.own;
+    wants_du[r] = own[r] && a.du;
+    at_wide[r] = m.wide.at(q, slice) + at.c, at_narrow[r] = m.narrow.at(own[r] ? q - k.halo : 0, slice) + at.c;
+#pragma unroll
+    for (int n = 0; n < VEC; ++n) g.value[r][n] = 0.0f, hidden[r].element[n] = 0;
+    if (wants_du[r]) load_words(hidden[r].words, a.state + out.at(0, p + r) + at.c);
+  }
+  int at_around[RUN + 2];  // of the positions from one before to one after
+#pragma unroll
+  for (int r = 0; r < RUN + 2; ++r)
+    at_around[r] = m.around.at(max(0, min(at.first + r - k.halo, k.width + 1)), slice) + at.c;
+  const int first_line = ACCELERATOR && !backwards ? capacity - 1 : 0, sign = ACCELERATOR && !backwards ? -1 : 1;
+  const int wide_line = m.wide.box_positions * slice, narrow_line = m.narrow.box_positions * slice,
+            around_line = m.around.box_positions * slice;
+  const int u_after_dy = a.u ? (int)(m.u - m.dy) : 0, lam_after_x = (int)(m.lam - m.x);
+  float* previous = m.border;
+  float* current = m.border + border;
+  int since = 0, parity = 0;  // steps since the last exchange, which of the two receive buffers is written next
+  cluster_barrier<CLUSTER>();
+
+#pragma unroll 1
+  for (int stage = 0; stage < stages; ++stage) {
+    const int steps = min(capacity, total - stage * capacity), slot = stage % STAGES;
+#if ACCELERATOR
+    wait_barrier(m.barriers + slot, stage / STAGES & 1);
+#endif
+    scalar_t* dy = m.dy + slot * m.wide.elements + first_line * wide_line;
+    scalar_t* x = m.x + slot * m.narrow.elements + first_line * narrow_line;
+    const scalar_t* h = m.h + slot * m.around.elements + first_line * around_line;
+    const float4* weights = m.weights + (stage & 1) * capacity * k.extended + at.first;
+    Line next;
+    next.load_from(dy, a.u ? dy + u_after_dy : nullptr, weights, at_wide, at.first, k.extended, hidden, wants_du, du,
+                   out.position);
+#pragma unroll 1
+    for (int j = 0; j < steps; ++j) {
+      if (CLUSTER > 1 && since == 0 && stage > 0) {
+        exchange.take(g, at, parity ^ 1);
+        g.publish(previous, at, slice);
+        consumer_barrier(consumers);
+      }
+      g.step(previous, at, slice, next.source, next.w);
+      g.publish(current, at, slice);
+      if (CLUSTER > 1 && since == k.halo - 1 && at.used) exchange.give(g, at, parity);
+      float dw[RUN][3], value[VEC];
+#pragma unroll
+      for (int r = 0; r < RUN; ++r) {
+        dw[r][0] = dw[r][1] = dw[r][2] = 0.0f;
+        if (!own[r]) continue;
+        scalar_t* const place = x + at_narrow[r];
+        load(value, place);
+#pragma unroll
+        for (int n = 0; n < VEC; ++n) value[n] *= g.value[r][n];
+        store(place, value);  // dlam
+        load(value, place + lam_after_x);
+#pragma unroll
+        for (int n = 0; n < VEC; ++n) value[n] *= g.value[r][n];
+        store(place + lam_after_x, value);  // dx
+      }
+      if (stage * capacity + j + 1 < total) {
+#pragma unroll
+        for (int r = 0; r < RUN + 2; ++r) {  // h[i-1] from one position before to one after
+          const bool needed = (r > 1 && own[r - 2]) || (r > 0 && r <= RUN && own[r - 1]) || (r < RUN && own[r]);
+          if (!needed) continue;
+          Vector bits;
+          load_words(bits.words, h + at_around[r]);
+          if (r > 0 && r <= RUN) hidden[r - 1] = bits;
+          const int q = p + r - 1;
+          if (!a.dweight || q < 0 || q >= k.positions) continue;
+#pragma unroll
+          for (int n = 0; n < VEC; ++n) {
+            const float there = to_float(bits.element[n]);
+            if (r < RUN) dw[r][0] = fmaf(g.value[r][n], there, dw[r][0]);
+            if (r > 0 && r <= RUN) dw[r - 1][1] = fmaf(g.value[r - 1][n], there, dw[r - 1][1]);
+            if (r > 1) dw[r - 2][2] = fmaf(g.value[r - 2][n], there, dw[r - 2][2]);
+          }
+        }
+      }
+      if (a.dweight) {  // lanes of one position are neighbours in a warp
+#pragma unroll
+        for (int r = 0; r < RUN; ++r) {
+          for (int offset = at.lanes / 2; offset > 0; offset /= 2) {
+#pragma unroll
+            for (int n = 0; n < 3; ++n) dw[r][n] += __shfl_xor_sync(0xffffffffu, dw[r][n], offset);
+          }
+          if (own[r] && at.lane == 0) {
+#pragma unroll
+            for (int n = 0; n < 3; ++n) dweight[n * k.positions + r] = dw[r][n];
+          }
+        }
+        dweight += backwards ? plane : -plane;
+      }
+      if (du) du += out.line;
+      float* const swap = current;
+      current = previous, previous = swap;
+      if (CLUSTER > 1 && ++since == k.halo) since = 0, parity ^= 1;
+      if (j + 1 == steps) break;
+      dy += sign * wide_line, x += sign * narrow_line, h += sign * around_line, weights += k.extended;
+      next.load_from(dy, a.u ? dy + u_after_dy : nullptr, weights, at_wide, at.first, k.extended, hidden, wants_du, du,
+                     out.position);
+      consumer_barrier(consumers);
+    }
+    publish_results();
+    stage_barrier<CLUSTER>(CLUSTER > 1 && since == 0);
+  }
+}
+
+template <int CLUSTER> __device__ __forceinline__ void line_scan(const Parameters& a) {
+  extern __shared__ __align__(128) char shared[];
+  const Tile k = make_tile<CLUSTER>(a.tiling);
+  if (k.begin >= k.end) return;  // the whole cluster: directions with fewer lines have fewer chunks
+  const Memory m(shared, k, a.tiling);
+  const int thread = threadIdx.x, consumers = (int)a.tiling.consumers, capacity = (int)a.tiling.stage_lines;
+  const int stages = (k.end - k.begin + capacity - 1) / capacity;
+  if (thread < consumers) {
+    consume_stages<CLUSTER>(a, k, m, thread, stages);
+  } else if (thread < consumers + WEIGHERS) {
+    weigh_stages<CLUSTER>(a, k, m, thread - consumers, stages);
+  } else {
+    copy_stages<CLUSTER>(a, k, m, thread - consumers - WEIGHERS, stages);
+  }
+}
+
+#define ENTRY(CLUSTER, ATTRIBUTES)                                                                  \
+  extern "C" __global__ void ATTRIBUTES __launch_bounds__(THREADS, 1)                                   \
+      line_scan_backward_tiled_##CLUSTER(const __grid_constant__ Parameters a) { line_scan<CLUSTER>(a); }
+
+ENTRY(1, )
+#if __CUDA_ARCH__ >= 900
+ENTRY(2, __cluster_dims__(2, 1, 1))
+ENTRY(4, __cluster_dims__(4, 1, 1))
+ENTRY(8, __cluster_dims__(8, 1, 1))
+ENTRY(16, __cluster_dims__(16, 1, 1))
+#endif

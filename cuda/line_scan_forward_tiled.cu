@@ -1,0 +1,320 @@
+// Forward line scan, tiled: all directions, batches and channels in one launch.
+//
+//   h[i, p] = sum_k W[i, p, k] h[i-1, p+k-1] + lam[i, p] x[i, p],   y[i, p] = u[i, p] h[i, p]
+//
+// The tiles, the roles of the threads and the exchange between the blocks of a cluster: tiled.cuh and
+// gspn2_diffusion/ops/README.md. Preamble: SCALAR, VEC, RUN. u == nullptr means 1; state == nullptr keeps no hidden states.
+#include "roles.cuh"
+
+struct Parameters {
+  Map x_map[2], lam_map[2], u_map[2], y_map[2], state_map[2];  // vertical, horizontal
+  const scalar_t *x, *weight, *lam, *u;
+  scalar_t *y, *state;
+  Tiling tiling;
+  int64 x_b, x_h, x_w, w_b, w_h, w_w, w_d, w_g, l_b, l_h, l_w, l_d, u_b, u_h, u_w, u_d, y_b, y_h, y_w, y_d;
+};
+
+// Shared memory: ring of stages, weights of two stages, what consumers leave to each other and what the neighbours sent.
+struct Memory {
+  Layout wide, narrow;      // of stages with the halo and without it
+  scalar_t *x, *lam, *u;    // [STAGES][wide or narrow]; y takes the place of u, the hidden states that of x
+  float4* weights;          // [2][stage_lines][extended]
+  float* border;            // [2][border_elements]
+  float* received;          // [2][left, right][halo][slice]
+  int64* barriers;          // [STAGES]
+  __device__ Memory(char* base, const Tile& k, const Tiling& t)
+      : wide(k.extended, (int)t.stage_lines, (int)t.slice, (int)t.boxes),
+        narrow(k.width, (int)t.stage_lines, (int)t.slice, (int)t.boxes) {
+    const int slice = (int)t.slice, lines = (int)t.stage_lines;
+    x = reinterpret_cast<scalar_t*>(base);
+    lam = x + STAGES * wide.elements;
+    u = lam + STAGES * wide.elements;
+    weights = reinterpret_cast<float4*>(u + STAGES * narrow.elements);
+    border = reinterpret_cast<float*>(weights + 2 * lines * k.extended);
+    received = border + 2 * border_elements((int)t.consumers, slice);
+    barriers = reinterpret_cast<int64*>(received + 4 * k.halo * slice);
+  }
+};
+
+struct Copier {
+  const Parameters& a;
+  const Tile& k;
+  const Memory& m;
+  const int slice, capacity;
+  const int64 base;  // of y and state
+  __device__ Copier(const Parameters& a, const Tile& k, const Memory& m)
+      : a(a), k(k), m(m), slice((int)a.tiling.slice), capacity((int)a.tiling.stage_lines),
+        base(k.batch * a.y_b + k.slot * a.y_d + k.channel) {}
+
+#if ACCELERATOR
+  __device__ void start() const {
+    for (int n = 0; n < STAGES; ++n) start_barrier(m.barriers + n);
+    publish_barriers();
+  }
+  __device__ void fetch(int stage, int) const {
+    const int line = k.begin + stage * capacity, slot = stage % STAGES, left = k.start - k.halo;
+    if (line >= k.end) return;
+    const int boxes = (int)a.tiling.boxes, kind = k.direction >> 1;
+    const int low = k.direction & 1 ? k.lines - line - capacity : line;  // lowest line of the stage in memory
+    const int positions = boxes * (2 * m.wide.box_positions + (a.u ? m.narrow.box_positions : 0));
+    int64* const barrier = m.barriers + slot;
+    expect_bytes(barrier, positions * capacity * slice * (int)sizeof(scalar_t));
+    copy_stage(m.x + slot * m.wide.elements, m.wide, boxes, a.x_map[kind], k.channel, left, low, 0, k.batch, barrier);
+    copy_stage(m.lam + slot * m.wide.elements, m.wide, boxes, a.lam_map[kind], k.channel, left, low, k.slot, k.batch,
+               barrier);
+    if (a.u)
+      copy_stage(m.u + slot * m.narrow.elements, m.narrow, boxes, a.u_map[kind], k.channel, k.start, low, k.slot, k.batch,
+                 barrier);
+  }
+  __device__ void store(int stage, int) const {
+    const int line = k.begin + stage * capacity, lines = min(capacity, k.end - line), slot = stage % STAGES;
+    const int boxes = (int)a.tiling.boxes, kind = k.direction >> 1;
+    const bool backwards = k.direction & 1;
+    for (int j = 0; j < lines; ++j) {
+      const int row = backwards ? k.lines - 1 - line - j : line + j, place = backwards ? capacity - 1 - j : j;
+      for (int n = 0; n < boxes; ++n)
+        store_box(a.y_map[kind], k.channel, k.start + n * m.narrow.box_positions, row, k.slot, k.batch,
+                  m.u + slot * m.narrow.elements + n * m.narrow.box_elements + place * m.narrow.box_positions * slice);
+      if (a.state && boxes == 1)
+        store_box(a.state_map[kind], k.channel, k.start, row, k.slot, k.batch,
+                  m.x + slot * m.wide.elements + (place * m.wide.box_positions + k.halo) * slice);
+    }
+    commit_stores();
+    wait_stores();
+  }
+#else
+  __device__ void fetch(int stage, int thread) const {
+    const int line = k.begin + stage * capacity, lines = min(capacity, k.end - line), slot = stage % STAGES;
+    const int left = k.start - k.halo;
+    if (lines > 0) {
+      const View x = view_along(k.direction, k.lines, k.batch * a.x_b + k.channel, a.x_h, a.x_w);
+      copy_lines(thread, m.x + slot * m.wide.elements, a.x, x, line, lines, left, k.extended, k.positions, slice);
+      const View lam = view_along(k.direction, k.lines, k.batch * a.l_b + k.slot * a.l_d + k.channel, a.l_h, a.l_w);
+      copy_lines(thread, m.lam + slot * m.wide.elements, a.lam, lam, line, lines, left, k.extended, k.positions, slice);
+      const View u = view_along(k.direction, k.lines, k.batch * a.u_b + k.slot * a.u_d + k.channel, a.u_h, a.u_w);
+      if (a.u)
+        copy_lines(thread, m.u + slot * m.narrow.elements, a.u, u, line, lines, k.start, k.width, k.positions, slice);
+    }
+    commit_copies();
+  }
+  __device__ void store(int stage, int thread) const {
+    const int line = k.begin + stage * capacity, lines = min(capacity, k.end - line), slot = stage % STAGES;
+    const View y = view_along(k.direction, k.lines, base, a.y_h, a.y_w);
+    store_lines(thread, a.y, y, line, lines, k.start, k.own, slice, m.u + slot * m.narrow.elements, k.width);
+    if (a.state)
+      store_lines(thread, a.state, y, line, lines, k.start, k.own, slice, m.x + slot * m.wide.elements + k.halo * slice,
+                  k.extended);
+    asm volatile("bar.sync 2, %0;" ::"n"(WEIGHERS) : "memory");
+  }
+#endif
+};
+
+// What a consumer needs of one line apart from the states; read before the barrier that they wait for.
+struct Line {
+  float source[RUN][VEC], w[RUN][3];
+  Vector gate[RUN];
+  __device__ __forceinline__ void load_from(const scalar_t* x, const scalar_t* lam, const scalar_t* u, const float4* weights,
+                                            const int (&at)[RUN], const int (&at_narrow)[RUN], int first, int extended) {
+    float factor[VEC];
+#pragma unroll
+    for (int r = 0; r < RUN; ++r) {
+      float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+      for (int n = 0; n < VEC; ++n) source[r][n] = 0.0f;
+      if (first + r < extended) {
+        load(source[r], x + at[r]);
+        load(factor, lam + at[r]);
+#pragma unroll
+        for (int n = 0; n < VEC; ++n) source[r][n] *= factor[n];
+        if (u) load_words(gate[r].words, u + at_narrow[r]);
+        v = weights[r];
+      }
+      w[r][0] = v.x, w[r][1] = v.y, w[r][2] = v.z;
+    }
+  }
+};
+
+template <int CLUSTER>
+__device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k, const Memory& m, int thread, int stages) {
+  const int capacity = (int)a.tiling.stage_lines, total = k.end - k.begin;
+  const bool normalize = a.tiling.normalize;
+  const View view = view_along(k.direction, k.lines, k.batch * a.w_b + k.slot * a.w_d + k.group * a.w_g, a.w_h, a.w_w);
+  Weigher weigher(a.weight, view, thread, capacity, k.extended, k.begin, k.start - k.halo, k.positions);
+  const auto weigh = [&](int stage) {  // the weights of the first line do not count, as h[-1] = 0
+    float4* const out = m.weights + (stage & 1) * capacity * k.extended;
+    weigher.weigh(stage == 0, total - stage * capacity, normalize, [&](int line, int q, const Weights& w) {
+      out[line * k.extended + q] = make_float4(w.w[0], w.w[1], w.w[2], 0.0f);
+    });
+  };
+#if !ACCELERATOR
+  const Copier copier(a, k, m);
+#pragma unroll 1
+  for (int stage = 0; stage < STAGES - 1; ++stage) copier.fetch(stage, thread);
+  wait_copies<STAGES - 2>();
+#endif
+  weigher.fetch(1, total);
+  weigh(0);
+  weigher.fetch(0, total - capacity);
+  cluster_barrier<CLUSTER>();
+  int since = 0;
+#pragma unroll 1
+  for (int stage = 0; stage < stages; ++stage) {
+#if !ACCELERATOR
+    if (stage > 0) copier.store(stage - 1, thread);
+    copier.fetch(stage + STAGES - 1, thread);
+    wait_copies<STAGES - 2>();
+#endif
+    weigh(stage + 1);
+    weigher.fetch(0, total - (stage + 2) * capacity);
+    since += min(capacity, total - stage * capacity);
+    const bool exchange = CLUSTER > 1 && since == k.halo;
+    if (exchange) since = 0;
+    stage_barrier<CLUSTER>(exchange);
+  }
+#if !ACCELERATOR
+  copier.store(stages - 1, thread);
+#endif
+}
+
+template <int CLUSTER>
+__device__ __forceinline__ void copy_stages(const Parameters& a, const Tile& k, const Memory& m, int lane, int stages) {
+  const Copier copier(a, k, m);
+  const int capacity = (int)a.tiling.stage_lines, total = k.end - k.begin;
+#if ACCELERATOR
+  if (lane == 0) {
+    copier.start();
+    for (int stage = 0; stage < STAGES; ++stage) copier.fetch(stage, 0);
+  }
+  __syncwarp();
+#endif
+  cluster_barrier<CLUSTER>();
+  int since = 0;
+#pragma unroll 1
+  for (int stage = 0; stage < stages; ++stage) {
+#if ACCELERATOR
+    if (lane == 0 && stage > 0) {
+      copier.store(stage - 1, 0);
+      copier.fetch(stage - 1 + STAGES, 0);
+    }
+    __syncwarp();
+#endif
+    since += min(capacity, total - stage * capacity);
+    const bool exchange = CLUSTER > 1 && since == k.halo;
+    if (exchange) since = 0;
+    stage_barrier<CLUSTER>(exchange);
+  }
+#if ACCELERATOR
+  if (lane == 0) copier.store(stages - 1, 0);
+#endif
+}
+
+template <int CLUSTER>
+__device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& k, const Memory& m, int thread, int stages) {
+  const int slice = (int)a.tiling.slice, capacity = (int)a.tiling.stage_lines, consumers = (int)a.tiling.consumers;
+  const int border = border_elements(consumers, slice);
+#pragma unroll 1
+  for (int n = thread; n < 2 * border + 4 * k.halo * slice; n += consumers) m.border[n] = 0.0f;
+
+  const Place at(thread, slice);
+  const Exchange exchange = {m.received, k.halo, k.own, slice, k.rank, CLUSTER};
+  const bool stores_state = a.state && a.tiling.boxes > 1;  // where the accelerator cannot
+  const View vy = view_along(k.direction, k.lines, k.batch * a.y_b + k.slot * a.y_d + k.channel, a.y_h, a.y_w);
+  int at_wide[RUN], at_narrow[RUN];
+  bool own[RUN];
+#pragma unroll
+  for (int r = 0; r < RUN; ++r) {
+    const int q = at.first + r;
+    own[r] = at.used && q >= k.halo && q < k.halo + k.own;
+    at_wide[r] = m.wide.at(q, slice) + at.c, at_narrow[r] = m.narrow.at(own[r] ? q - k.halo : 0, slice) + at.c;
+  }
+  scalar_t* state = a.state + vy.at(k.begin, k.start - k.halo + at.first) + at.c;
+  Carry h;
+#pragma unroll
+  for (int r = 0; r < RUN; ++r)
+#pragma unroll
+    for (int n = 0; n < VEC; ++n) h.value[r][n] = 0.0f;
+  const bool backwards = ACCELERATOR && (k.direction & 1);
+  const int wide_line = m.wide.box_positions * slice, narrow_line = m.narrow.box_positions * slice;
+  const int wide_step = backwards ? -wide_line : wide_line, narrow_step = backwards ? -narrow_line : narrow_line;
+  const int first_line = backwards ? capacity - 1 : 0;
+  const int lam_after_x = (int)(m.lam - m.x);
+  float* previous = m.border;
+  float* current = m.border + border;
+  int since = 0, parity = 0;  // lines since the last exchange, which of the two receive buffers is written next
+  cluster_barrier<CLUSTER>();
+
+#pragma unroll 1
+  for (int stage = 0; stage < stages; ++stage) {
+    const int lines = min(capacity, k.end - k.begin - stage * capacity), slot = stage % STAGES;
+#if ACCELERATOR
+    wait_barrier(m.barriers + slot, stage / STAGES & 1);
+#endif
+    scalar_t* x = m.x + slot * m.wide.elements + first_line * wide_line;
+    scalar_t* u = m.u + slot * m.narrow.elements + first_line * narrow_line;
+    const float4* weights = m.weights + (stage & 1) * capacity * k.extended + at.first;
+    Line next;
+    next.load_from(x, x + lam_after_x, a.u ? u : nullptr, weights, at_wide, at_narrow, at.first, k.extended);
+#pragma unroll 1
+    for (int j = 0; j < lines; ++j) {
+      if (CLUSTER > 1 && since == 0 && stage > 0) {
+        exchange.take(h, at, parity ^ 1);
+        h.publish(previous, at, slice);
+        consumer_barrier(consumers);
+      }
+      h.step(previous, at, slice, next.source, next.w);
+      h.publish(current, at, slice);
+      if (CLUSTER > 1 && since == k.halo - 1 && at.used) exchange.give(h, at, parity);
+#pragma unroll
+      for (int r = 0; r < RUN; ++r) {
+        if (!own[r]) continue;
+        if (a.state) store(stores_state ? state + r * vy.position : x + at_wide[r], h.value[r]);
+        if (a.u) {
+          float out[VEC];
+#pragma unroll
+          for (int n = 0; n < VEC; ++n) out[n] = to_float(next.gate[r].element[n]) * h.value[r][n];
+          store(u + at_narrow[r], out);
+        } else {
+          store(u + at_narrow[r], h.value[r]);
+        }
+      }
+      state += vy.line;
+      float* const swap = current;
+      current = previous, previous = swap;
+      if (CLUSTER > 1 && ++since == k.halo) since = 0, parity ^= 1;
+      if (j + 1 == lines) break;
+      x += wide_step, u += narrow_step, weights += k.extended;
+      next.load_from(x, x + lam_after_x, a.u ? u : nullptr, weights, at_wide, at_narrow, at.first, k.extended);
+      consumer_barrier(consumers);
+    }
+    publish_results();
+    stage_barrier<CLUSTER>(CLUSTER > 1 && since == 0);
+  }
+}
+
+template <int CLUSTER> __device__ __forceinline__ void line_scan(const Parameters& a) {
+  extern __shared__ __align__(128) char shared[];
+  const Tile k = make_tile<CLUSTER>(a.tiling);
+  if (k.begin >= k.end) return;  // the whole cluster: directions with fewer lines have fewer chunks
+  const Memory m(shared, k, a.tiling);
+  const int thread = threadIdx.x, consumers = (int)a.tiling.consumers, capacity = (int)a.tiling.stage_lines;
+  const int stages = (k.end - k.begin + capacity - 1) / capacity;
+  if (thread < consumers) {
+    consume_stages<CLUSTER>(a, k, m, thread, stages);
+  } else if (thread < consumers + WEIGHERS) {
+    weigh_stages<CLUSTER>(a, k, m, thread - consumers, stages);
+  } else {
+    copy_stages<CLUSTER>(a, k, m, thread - consumers - WEIGHERS, stages);
+  }
+}
+
+#define ENTRY(CLUSTER, ATTRIBUTES)                                                                  \
+  extern "C" __global__ void ATTRIBUTES __launch_bounds__(THREADS, 1)                                   \
+      line_scan_forward_tiled_##CLUSTER(const __grid_constant__ Parameters a) { line_scan<CLUSTER>(a); }
+
+ENTRY(1, )
+#if __CUDA_ARCH__ >= 900
+ENTRY(2, __cluster_dims__(2, 1, 1))
+ENTRY(4, __cluster_dims__(4, 1, 1))
+ENTRY(8, __cluster_dims__(8, 1, 1))
+ENTRY(16, __cluster_dims__(16, 1, 1))
+#endif

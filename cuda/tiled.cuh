@@ -1,0 +1,263 @@
+// Shared by the tiled line-scan kernels: parameters, geometry of a tile, asynchronous copies, cluster access.
+//
+// A tile is a slice of channels of one group at a run of neighbouring positions of one scan. Its block walks the
+// lines; a line that is too wide for one block is split over the blocks of a cluster. Lines come in stages, which are
+// fetched ahead into a ring in shared memory; results take the place of the inputs that they were made of and leave
+// from there. Threads are of three kinds:
+//   consumers  RUN positions and VEC channels each, hidden states in registers
+//   weighers   128, fetch raw coefficients a stage ahead and turn them into weights
+//   a copier   one warp, moves stages between global and shared memory
+// From compute capability 9.0 on the tensor memory accelerator does the copier's work; before, the weighers copy 16
+// bytes at a time (asynchronously from 8.0 on), and there are no clusters.
+#pragma once
+#include "common.cuh"
+
+#ifndef ACCELERATOR
+#if __CUDA_ARCH__ >= 900
+#define ACCELERATOR 1
+#else
+#define ACCELERATOR 0
+#endif
+#endif
+
+// RUN is odd, so that a warp reads the rows of shared memory without bank conflicts.
+#define STAGES 4
+#define THREADS (VEC * RUN >= 12 ? 448 : 736)  // of a block at most
+#define WEIGHERS 128
+#define ITEMS 4  // positions times lines of a stage that a weigher has at most
+
+struct Tiling {
+  int64 batch, height, width, channels, groups, directions, packed_directions, chunk_size, chunks;
+  int64 slice, slices;                    // channels of a slice, slices of all channels
+  int64 halo;                             // lines between two exchanges of a cluster; 0 without a cluster
+  int64 stage_lines;                      // lines of a stage; divides halo
+  int64 tile_vertical, tile_horizontal;   // positions of a tile, for the vertical and horizontal directions
+  int64 boxes;                            // a line's positions are copied in so many boxes
+  int64 consumers;                        // threads, a multiple of 32
+  int64 normalize;
+};
+
+struct Tile {
+  int direction, slot, batch, slice, channel, group, rank;
+  int lines, positions, begin, end;
+  int start, width, own;    // first position, nominal width (layout), positions that really exist
+  int halo, extended;       // positions on either side, width + 2 halo
+};
+
+template <int CLUSTER> __device__ __forceinline__ Tile make_tile(const Tiling& t) {
+  Tile k;
+  int64 index = blockIdx.x;
+  k.rank = (int)(index % CLUSTER), index /= CLUSTER;
+  k.slice = (int)(index % t.slices), index /= t.slices;
+  const int chunk = (int)(index % t.chunks);
+  index /= t.chunks;
+  k.slot = (int)(index % t.directions);
+  k.batch = (int)(index / t.directions);
+  k.direction = ((unsigned)t.packed_directions >> (2 * k.slot)) & 3;
+  const bool vertical = k.direction == DOWN || k.direction == UP;
+  k.lines = (int)(vertical ? t.height : t.width);
+  k.positions = (int)(vertical ? t.width : t.height);
+  k.width = (int)(vertical ? t.tile_vertical : t.tile_horizontal);
+  k.begin = (int)min((int64)chunk * t.chunk_size, (int64)k.lines);
+  k.end = (int)min((int64)k.begin + t.chunk_size, (int64)k.lines);
+  k.channel = k.slice * (int)t.slice;
+  k.group = k.channel / (int)(t.channels / t.groups);
+  k.start = k.rank * k.width;
+  k.own = max(0, min(k.width, k.positions - k.start));
+  k.halo = (int)t.halo;
+  k.extended = k.width + 2 * k.halo;
+  return k;
+}
+
+// ---- asynchronous copies ------------------------------------------------------------------------
+
+__device__ __forceinline__ unsigned shared_address(const void* p) {
+  return (unsigned)__cvta_generic_to_shared(p);
+}
+// Older GPUs copy at once.
+#if __CUDA_ARCH__ >= 800
+__device__ __forceinline__ void copy16(unsigned to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> __device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+#else
+__device__ __forceinline__ void copy16(unsigned to, const void* from) {
+  const uint4 v = *reinterpret_cast<const uint4*>(from);
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+__device__ __forceinline__ void commit_copies() {}
+template <int PENDING> __device__ __forceinline__ void wait_copies() {}
+#endif
+
+// ---- tensor memory accelerator ------------------------------------------------------------------
+
+// A tensor as the accelerator sees it, made by the host: (channels, positions, lines, directions, batch).
+struct __align__(64) Map { int64 opaque[16]; };
+
+// `count` positions of `lines` lines lie in shared memory as [box][line][box_positions][slice].
+struct Layout {
+  int box_positions, box_elements, elements;  // elements of a box and of a stage, padded to 128 bytes
+  __device__ __forceinline__ Layout(int count, int lines, int slice, int boxes) {
+    const int unit = 128 / (int)sizeof(scalar_t);
+    box_positions = (count + boxes - 1) / boxes;
+    box_elements = (box_positions * lines * slice + unit - 1) / unit * unit;
+    elements = box_elements * boxes;
+  }
+  // Of line 0; the next line is box_positions * slice further on.
+  __device__ __forceinline__ int at(int q, int slice) const {
+    return q / box_positions * box_elements + q % box_positions * slice;
+  }
+};
+
+#if ACCELERATOR
+__device__ __forceinline__ void start_barrier(int64* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+}
+__device__ __forceinline__ void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ __forceinline__ void expect_bytes(int64* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void wait_barrier(int64* barrier, int phase) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(shared_address(barrier)), "r"(phase) : "memory");
+}
+__device__ __forceinline__ void copy_box(const scalar_t* to, const Map& map, int channel, int position, int line, int slot,
+                                         int batch, int64* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%2, %3, %4, %5, %6}], [%7];" ::"r"(shared_address(to)), "l"(&map), "r"(channel), "r"(position), "r"(line),
+      "r"(slot), "r"(batch), "r"(shared_address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void store_box(const Map& map, int channel, int position, int line, int slot, int batch,
+                                          const scalar_t* from) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4, %5}], [%6];" ::"l"(&map),
+      "r"(channel), "r"(position), "r"(line), "r"(slot), "r"(batch), "r"(shared_address(from)) : "memory");
+}
+__device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void wait_stores() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// Makes what this thread wrote to shared memory visible to the accelerator.
+__device__ __forceinline__ void publish_results() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Starts the copy of one tensor's part of a stage.
+__device__ __forceinline__ void copy_stage(const scalar_t* to, const Layout& layout, int boxes, const Map& map, int channel,
+                                          int position, int line, int slot, int batch, int64* barrier) {
+  for (int n = 0; n < boxes; ++n)
+    copy_box(to + n * layout.box_elements, map, channel, position + n * layout.box_positions, line, slot, batch, barrier);
+}
+#else
+__device__ __forceinline__ void publish_results() {}
+#endif
+
+// ---- barriers and clusters ----------------------------------------------------------------------
+
+__device__ __forceinline__ void consumer_barrier(int threads) {
+  asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
+}
+
+template <int CLUSTER> __device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  if (CLUSTER > 1) {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    return;
+  }
+#endif
+  __syncthreads();
+}
+
+// The end of a stage, at which blocks of a cluster may exchange their states.
+template <int CLUSTER> __device__ __forceinline__ void stage_barrier(bool exchange) {
+  if (CLUSTER > 1 && exchange) {
+    cluster_barrier<CLUSTER>();
+  } else {
+    __syncthreads();
+  }
+}
+
+// Stores into the shared memory of another block of the cluster, at the address it has in this one.
+__device__ __forceinline__ void store_remote(float* local, int rank, const float (&value)[VEC]) {
+#if __CUDA_ARCH__ >= 900
+  unsigned address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(local)), "r"(rank));
+#pragma unroll
+  for (int j = 0; j < VEC; ++j)
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address + 4 * j), "f"(value[j]) : "memory");
+#endif
+}
+
+// ---- float vectors in shared memory -------------------------------------------------------------
+
+__device__ __forceinline__ void load_floats(float (&out)[VEC], const float* p) {
+#pragma unroll
+  for (int j = 0; j < VEC; j += (VEC >= 4 ? 4 : VEC)) {
+    if constexpr (VEC >= 4) {
+      const float4 v = *reinterpret_cast<const float4*>(p + j);
+      out[j] = v.x, out[j + 1] = v.y, out[j + 2] = v.z, out[j + 3] = v.w;
+    } else if constexpr (VEC == 2) {
+      const float2 v = *reinterpret_cast<const float2*>(p);
+      out[0] = v.x, out[1] = v.y;
+    } else {
+      out[0] = *p;
+    }
+  }
+}
+
+__device__ __forceinline__ void store_floats(float* p, const float (&in)[VEC]) {
+#pragma unroll
+  for (int j = 0; j < VEC; j += (VEC >= 4 ? 4 : VEC)) {
+    if constexpr (VEC >= 4) {
+      *reinterpret_cast<float4*>(p + j) = make_float4(in[j], in[j + 1], in[j + 2], in[j + 3]);
+    } else if constexpr (VEC == 2) {
+      *reinterpret_cast<float2*>(p) = make_float2(in[0], in[1]);
+    } else {
+      *p = in[0];
+    }
+  }
+}
+
+// ---- the copier's work without the accelerator --------------------------------------------------
+
+#if !ACCELERATOR
+#define CHUNK (16 / (int)sizeof(scalar_t))  // elements of one 16-byte copy
+
+// Calls f(position, line, chunk) for every 16-byte chunk of a part of a stage, shared by the weighers.
+template <typename F> __device__ __forceinline__ void for_chunks(int thread, int lines, int count, int slice, F f) {
+  const int chunks = slice / CHUNK, items = count * chunks;
+#pragma unroll 1
+  for (int n = thread; n < items * lines; n += WEIGHERS) f(n % items / chunks, n / items, n % chunks * CHUNK);
+}
+
+__device__ __forceinline__ void copy_lines(int thread, const scalar_t* to, const scalar_t* from, const View& view,
+                                           int line, int lines, int first_position, int count, int positions,
+                                           int slice) {
+  for_chunks(thread, lines, count, slice, [&](int q, int j, int chunk) {
+    const int p = first_position + q;
+    const scalar_t* const target = to + (j * count + q) * slice + chunk;
+    if (p >= 0 && p < positions) {
+      copy16(shared_address(target), from + view.at(line + j, p) + chunk);
+    } else {  // neighbours outside have weight zero, but they must be numbers
+      *reinterpret_cast<uint4*>(const_cast<scalar_t*>(target)) = make_uint4(0, 0, 0, 0);
+    }
+  });
+}
+
+__device__ __forceinline__ void store_lines(int thread, scalar_t* to, const View& view, int line, int lines,
+                                            int first_position, int count, int slice, const scalar_t* from, int pitch) {
+  for_chunks(thread, lines, count, slice, [&](int q, int j, int chunk) {
+    *reinterpret_cast<uint4*>(to + view.at(line + j, first_position + q) + chunk) =
+        *reinterpret_cast<const uint4*>(from + (j * pitch + q) * slice + chunk);
+  });
+}
+#endif

@@ -1,0 +1,318 @@
+"""How a scan is spread over threads and blocks: which kernel, which tile, how much shared memory.
+
+Plain arithmetic, without torch or a GPU. The kernels and the fields' meaning: ``cuda/tiled.cuh`` (tiled) and
+``struct Task`` in ``cuda/common.cuh`` (generic).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+STAGES = 4  # as in cuda/tiled.cuh
+WEIGHERS = 128
+ITEMS = 4
+HELPERS = WEIGHERS + 32  # threads beside the consumers
+MAX_GRID = 2**31 - 1
+MAX_BOX = 256  # positions that the tensor memory accelerator copies at once
+_GENERIC_THREADS = 512  # __launch_bounds__ of the generic kernels
+RUNS = ((4, 1), (8, 1), (8, 3))  # channels and positions of a thread, for elements of two bytes
+_PREFERRED_SHARED_BYTES = 48 * 1024  # more would leave too few generic blocks on a multiprocessor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a plan depends on.
+
+    Attributes:
+        directions: indices into ``("down", "up", "right", "left")``.
+        chunk: lines after which the hidden state restarts, 0 for never.
+        itemsize: bytes of an element.
+    """
+
+    batch: int
+    height: int
+    width: int
+    channels: int
+    groups: int
+    directions: tuple[int, ...]
+    chunk: int
+    itemsize: int
+    backward: bool
+
+    @property
+    def per_group(self) -> int:
+        return self.channels // self.groups
+
+    @property
+    def lines(self) -> int:
+        """Lines of the longest scan."""
+        return max(self.height if d < 2 else self.width for d in self.directions)
+
+    @property
+    def line_lengths(self) -> list[int]:
+        """Positions on a line, for each kind of direction that is asked for."""
+        return sorted({self.width if d < 2 else self.height for d in self.directions})
+
+    @property
+    def chunk_lines(self) -> int:
+        return min(self.chunk or self.lines, self.lines)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What every kernel is told of the problem."""
+        packed = sum(code << (2 * slot) for slot, code in enumerate(self.directions))
+        sizes = (self.batch, self.height, self.width, self.channels, self.groups)
+        return (*sizes, len(self.directions), packed)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Choices of a tiled launch; see ``struct Tiling`` in ``cuda/tiled.cuh``.
+
+    Attributes:
+        vec, run: channels and positions of a consumer thread.
+        slice: channels of a block.
+        cluster: blocks that share a line.
+        halo: lines between two exchanges of a cluster, 0 without one.
+        stage_lines: lines that are fetched together; divides ``halo``.
+    """
+
+    vec: int
+    run: int
+    slice: int
+    cluster: int
+    halo: int
+    stage_lines: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A launch: the source file, its entry point, vector width, sizes, and the kernel's shape parameters."""
+
+    source: str
+    entry: str
+    vec: int
+    run: int  # positions of a thread; 1 for the generic kernels
+    grid: int
+    threads: int
+    shared_bytes: int
+    parameters: tuple[int, ...]
+    scratch_floats: int = 0  # of all blocks; generic kernels whose lines do not fit shared memory
+    channel_slices: int = 1  # partial sums of the weights' gradient for each group
+    tile: Tile | None = None  # of a tiled launch
+    widths: tuple[int, int] = (0, 0)  # positions of a tile along a row and along a column
+    boxes: int = 1  # a line's positions are copied in so many boxes
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+# ---- generic kernels ----------------------------------------------------------------------------
+
+
+def generic_plan(problem: Problem, vec: int, shared_limit: int) -> Plan:
+    """Any shape and alignment.
+
+    Args:
+        vec: elements of one vector access that all addresses allow.
+        shared_limit: bytes of shared memory that a block may have.
+
+    Raises:
+        ValueError: the problem needs more blocks than a launch has.
+    """
+    longest_line = problem.line_lengths[-1]
+    lanes = min(32, _power_of_two(_ceil(problem.per_group, vec)))
+    group_lanes = min(_power_of_two(problem.groups), 32 // lanes)
+
+    def floats_per_position(lanes: int, group_lanes: int) -> int:
+        return 2 * (lanes * group_lanes * vec + (3 * group_lanes if problem.backward else 0))
+
+    while 4 * longest_line * floats_per_position(lanes, group_lanes) > min(
+        shared_limit, _PREFERRED_SHARED_BYTES
+    ):
+        if group_lanes > 1:
+            group_lanes //= 2
+        elif lanes > 1:
+            lanes //= 2
+        else:
+            break
+    floats = floats_per_position(lanes, group_lanes)
+    shared = 4 * longest_line * floats
+    fits = shared <= shared_limit
+    channel_slices = _ceil(problem.per_group, vec * lanes)
+    group_slices = _ceil(problem.groups, group_lanes)
+    chunks = _ceil(problem.lines, problem.chunk_lines)
+    grid = channel_slices * group_slices * chunks * len(problem.directions) * problem.batch
+    _check_grid(grid, problem)
+    per_position = lanes * group_lanes
+    name = "line_scan_backward" if problem.backward else "line_scan_forward"
+    return Plan(
+        source=name,
+        entry=name,
+        vec=vec,
+        run=1,
+        grid=grid,
+        threads=per_position * min(longest_line, _GENERIC_THREADS // per_position),
+        shared_bytes=shared if fits else 0,
+        parameters=(
+            *problem.shape,
+            problem.chunk_lines,
+            chunks,
+            lanes,
+            group_lanes,
+            channel_slices,
+            group_slices,
+        ),
+        scratch_floats=0 if fits else max(problem.height, problem.width) * floats * grid,
+        channel_slices=channel_slices,
+    )
+
+
+def _check_grid(grid: int, problem: Problem) -> None:
+    if grid > MAX_GRID:
+        shape = (problem.batch, problem.height, problem.width, problem.channels)
+        raise ValueError(f"x of shape {shape} needs {grid} blocks, more than the {MAX_GRID} of a launch")
+
+
+# ---- tiled kernels ------------------------------------------------------------------------------
+
+
+def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int) -> Plan | None:
+    """The launch of one tile choice, or None where it does not fit the problem or the GPU."""
+    lanes = tile.slice // tile.vec
+    if problem.per_group % tile.slice or tile.slice % tile.vec:
+        return None
+    if problem.backward and (lanes > 32 or lanes & (lanes - 1)):
+        return None  # sums over the lanes of a position are made by shuffles
+    # The accelerator reads and writes shared memory at multiples of 128 bytes.
+    unit = 128 // math.gcd(128, tile.slice * problem.itemsize)
+    if tile.halo % unit or tile.halo % tile.stage_lines:
+        return None
+    longest = _ceil(problem.line_lengths[-1], tile.cluster)
+    boxes = _ceil(longest + 2 * max(tile.halo, 1) + unit, MAX_BOX)
+    widths = [
+        _ceil(_ceil(length, tile.cluster), unit * boxes) * unit * boxes for length in problem.line_lengths
+    ]
+    for length, width in zip(problem.line_lengths, widths, strict=True):
+        if length - (tile.cluster - 1) * width < max(tile.halo, 1):
+            return None  # the last block would have less than its neighbour needs
+    extended = widths[-1] + 2 * tile.halo
+    consumers = 32 * _ceil(_ceil(extended, tile.run), 32 // lanes) if lanes <= 32 else MAX_GRID
+    if consumers + HELPERS > (448 if tile.vec * tile.run >= 12 else 736):  # THREADS
+        return None
+    shared = max(tiled_shared_bytes(problem, tile, width, boxes, consumers) for width in widths)
+    if shared > shared_limit:
+        return None
+    if tile.stage_lines * (extended + 2) > WEIGHERS * ITEMS:
+        return None
+    slices = problem.channels // tile.slice
+    chunks = _ceil(problem.lines, problem.chunk_lines)
+    grid = tile.cluster * slices * chunks * len(problem.directions) * problem.batch
+    _check_grid(grid, problem)
+    by_length = dict(zip(problem.line_lengths, widths, strict=True))
+    across, down = by_length.get(problem.width, 0), by_length.get(problem.height, 0)
+    source = "line_scan_backward_tiled" if problem.backward else "line_scan_forward_tiled"
+    return Plan(
+        source=source,
+        entry=f"{source}_{tile.cluster}",
+        vec=tile.vec,
+        run=tile.run,
+        grid=grid,
+        threads=consumers + HELPERS,
+        shared_bytes=shared,
+        parameters=(
+            *problem.shape,
+            problem.chunk_lines,
+            chunks,
+            tile.slice,
+            slices,
+            tile.halo,
+            tile.stage_lines,
+            across,
+            down,
+            boxes,
+            consumers,
+            int(normalize),
+        ),
+        channel_slices=slices // problem.groups,
+        tile=tile,
+        widths=(across, down),
+        boxes=boxes,
+    )
+
+
+def tiled_shared_bytes(problem: Problem, tile: Tile, width: int, boxes: int, consumers: int) -> int:
+    """Shared memory of a block with ``width`` positions of its own: ``struct Memory`` of the kernels."""
+    extended = width + 2 * tile.halo
+    counts = (*[extended] * 2, *[width] * 2, width + 2) if problem.backward else (extended, extended, width)
+    line = tile.stage_lines * tile.slice * problem.itemsize
+    stages = sum(boxes * _ceil(_ceil(count, boxes) * line, 128) * 128 for count in counts)
+    weights = 16 * 2 * tile.stage_lines * extended
+    per_warp = 32 // (tile.slice // tile.vec)
+    border = consumers // 32 * per_warp + 2 if tile.run == 1 else 2 * (consumers // 32 + 2)
+    states = 4 * tile.slice * (2 * border + 4 * tile.halo)
+    return STAGES * (stages + 8) + weights + states
+
+
+# Which tile: the one with the lowest estimated time. Nanoseconds for one line of one wave of blocks,
+#     line + stage / stage_lines + exchange / halo + blocks on a multiprocessor * (per element + per row)
+# fitted to 3,516 measured tiles of 18 shapes, on an H200 in bfloat16 (median error 12% forward, 18%
+# backward; on average the chosen tile takes 15% and 9% longer than the best one that was tried). What the
+# terms stand for: the dependent instructions of a line; what a stage costs beside its lines; the barrier of
+# a cluster and the lines that are computed twice; the work of the consumers; the accelerator, for which a
+# row of less than 64 bytes is no less work than a whole one.
+_COST = {False: (164.0, 246.0, 819.0, 0.180, 0.072), True: (627.0, 162.0, 970.0, 0.327, 0.123)}
+# Clusters of a size that are active at once, as a share of the multiprocessors: larger ones leave some idle.
+_ACTIVE = {1: 1.0, 2: 0.5, 4: 0.235, 8: 0.107, 16: 0.054}
+
+
+def tiles(problem: Problem, clusters: Sequence[int] = (1, 2, 4, 8, 16)) -> Iterator[Tile]:
+    """Every tile choice worth trying; :func:`tiled_plan` sorts out those that fit."""
+    chunk = 16 // problem.itemsize
+    for size, (vec, run), cluster in itertools.product((1, 2, 4, 8, 3, 6), RUNS, clusters):
+        for stage_lines, halo in itertools.product((1, 2, 4), (0,) if cluster == 1 else (4, 8)):
+            yield Tile(vec * 2 // problem.itemsize, run, size * chunk, cluster, halo, stage_lines)
+
+
+def estimate(problem: Problem, plan: Plan, shared_limit: int, processors: int) -> float:
+    """Estimated nanoseconds of a tiled launch; see ``_COST``."""
+    tile = plan.tile
+    assert tile is not None
+    line, stage, exchange, per_element, per_row = _COST[problem.backward]
+    registers = 128 if tile.vec * tile.run >= 12 else 80
+    blocks = max(
+        1,
+        min(
+            (shared_limit + 1024) // (plan.shared_bytes + 1024),
+            2048 // plan.threads,
+            65536 // (registers * plan.threads),
+        ),
+    )
+    groups = plan.grid // tile.cluster
+    waves = _ceil(groups, max(1, int(_ACTIVE[tile.cluster] * processors)) * blocks)
+    together = min(blocks, _ceil(plan.grid, processors))
+    width = max(plan.widths)
+    extended = width + 2 * tile.halo
+    rows = 2 * extended + (6 if problem.backward else 2) * width
+    row_bytes = tile.slice * problem.itemsize
+    block = per_element * extended * tile.slice + per_row * rows * max(1.0, 64 / row_bytes)
+    fixed = line + stage / tile.stage_lines + (exchange / tile.halo if tile.halo else 0.0)
+    return waves * problem.chunk_lines * (fixed + together * block)
+
+
+def choose_tile(problem: Problem, clusters: Sequence[int], shared_limit: int, processors: int) -> Tile | None:
+    """The tile with the lowest :func:`estimate`, or None where no tiled kernel fits."""
+    best, best_time = None, math.inf
+    for tile in tiles(problem, clusters):
+        plan = tiled_plan(problem, tile, True, shared_limit)
+        if plan is not None and (time := estimate(problem, plan, shared_limit, processors)) < best_time:
+            best, best_time = tile, time
+    return best
