@@ -1,9 +1,9 @@
 """Random clicking on the web page by several visitors at once.
 
 Starts the server as a program, drives it in headless Chromium through Playwright, reads the server's memory
-and log meanwhile, and writes benchmarks/results/app_soak-<device>.json. A run is clean if the server
-lives and nothing was thrown in its log (what browsers threw is listed); memory is flat if the median of its last
-fifth is about that of its second fifth.
+and log meanwhile, and writes benchmarks/results/app_soak-<device>.json. A run is clean if the server lives
+and nothing was thrown in its log (what browsers threw is listed); memory is flat if the median of the run's
+last fifth is about that of its second fifth.
 
     python benchmarks/app_soak.py --minutes 10 --clients 4
 """

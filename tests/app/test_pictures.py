@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import threading
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,7 @@ from gspn2_diffusion.webapp.records import (
 )
 from gspn2_diffusion.webapp.restore import restore
 from gspn2_diffusion.webapp.shelf import build_shelf
+from gspn2_diffusion.webapp.worker import Worker
 
 LIMITS = Limits(upload_bytes=100_000, upload_pixels=10_000)
 REQUEST = DrawRequest("a cat", "", 32, 16, 3, 2.0, "euler", 5, 1)
@@ -154,6 +157,23 @@ def test_what_differs_between_two_pictures_is_told_and_escaped() -> None:
     assert "&lt;i&gt;" in shown
     assert "Seed" not in shown
     assert "a part of a picture, strength 0.7" in details_html(Record("b.png", changed))
+
+
+def test_worker_outlives_what_fails_and_keeps_the_order(caplog: pytest.LogCaptureFixture) -> None:
+    worker, seen = Worker("test"), []
+    threads: set[int] = set()
+
+    def note(number: int) -> None:
+        threads.add(threading.get_ident())
+        seen.append(number)
+        if number == 1:
+            raise RuntimeError("broken on purpose")
+
+    ends = [worker.submit(functools.partial(note, number)) for number in range(4)]
+    assert all(end.wait(10) for end in ends)
+    assert seen == [0, 1, 2, 3]
+    assert len(threads) == 1
+    assert "broken on purpose" in caplog.text
 
 
 def test_only_what_is_there_comes_on_the_shelf(tmp_path: Path) -> None:
