@@ -137,9 +137,7 @@ def test_components_that_do_not_fit(pipe: GSPN2Pipeline) -> None:
 
 
 def test_vae_of_another_scale(pipe: GSPN2Pipeline, tmp_path: Path) -> None:
-    message = (
-        "`vae` makes latents 4 times smaller than pictures, `transformer` was trained on 2"
-    )
+    message = "`vae` makes latents 4 times smaller than pictures, `transformer` was trained on 2"
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
     other = tiny_vae(block_out_channels=(8, 8, 8), **kinds)
     pipe.save_pretrained(tmp_path)
