@@ -79,7 +79,7 @@ def test_eight_pictures_are_learnt_by_heart(root, tmp_path):
         learning_rate=1e-2,
         batch_size=8,
         gradient_accumulation_steps=1,
-        max_train_steps=250,
+        max_train_steps=170,
         log_steps=100,
         ema_decay=0.95,
         caption_dropout=0.0,
