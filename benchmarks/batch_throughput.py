@@ -23,7 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 GOAL_BARE, GOAL_TWO = 0.85, 1.9
 THINGS = ("a red apple", "a penguin", "a rocket", "a slice of pizza", "a cactus", "a lighthouse", "an owl")
 STYLES = ("3d", "flat", "noto", "blob", "twemoji", "emojione")
@@ -90,7 +91,7 @@ def _environments(processes: int) -> list[dict[str, str]]:
     """As ``accelerate launch`` sets them."""
     own = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
     if processes == 1:
         return [{k: v for k, v in own.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}]
