@@ -133,9 +133,12 @@ def _try_plan(costs: Costs, height: int, width: int, guided: bool, budget: int) 
     whole = (
         (max(*latents, _TILES[-1]),) if max(latents) <= _TILES[0] else ()
     )  # tensors stay below 2**31 elements
-    tile = next((t for t in (*whole, *_TILES) if _vae_bytes(costs, latents, t) <= budget), None)
-    if tile is None:
+    fitting = [t for t in (*whole, *_TILES) if _vae_bytes(costs, latents, t) <= budget]
+    if not fitting:
         return None
+    # Convolutions take workspaces that nobody can foresee, and a smaller tile costs little time.
+    half = costs.resident + (budget - costs.resident) // 2
+    tile = next((t for t in fitting if _vae_bytes(costs, latents, t) <= half), fitting[-1])
     for rows in (2, 1) if guided else (1,):
         for chunk in (None, *_CHUNKS):
             if chunk is not None and chunk >= rows * tokens:
