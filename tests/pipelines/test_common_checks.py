@@ -63,10 +63,9 @@ def test_pictures_have_their_shape_and_batches_their_number(case: Case) -> None:
     pipe = case.build()
     assert case.run(pipe).shape == (1, 3, 16, 16)
     assert case.run(pipe, prompt=[100 * "very long "]).shape == (1, 3, 16, 16)
-    for count in (1, 2):
-        for images in (1, 2):
-            drawn = case.run(pipe, count, num_images_per_prompt=images)
-            assert drawn.shape == (count * images, 3, 16, 16)
+    for count, images in ((1, 2), (2, 1), (2, 2)):
+        drawn = case.run(pipe, count, num_images_per_prompt=images, num_inference_steps=1)
+        assert drawn.shape == (count * images, 3, 16, 16)
 
 
 def test_each_picture_of_a_batch_equals_it_alone(case: Case) -> None:

@@ -40,7 +40,6 @@ def test_model_offload(case: Case, device: str) -> None:
         pipe.enable_model_cpu_offload(device=device)
         assert pipe._execution_device.type == device
         close(case.run(pipe), expected)
-        close(case.run(pipe), expected)
     assert {type(part._hf_hook).__name__ for part in modules_of(pipe).values()} == {"CpuOffload"}
     assert {part.device.type for part in modules_of(pipe).values()} == {"cpu"}
 
@@ -56,11 +55,11 @@ def test_sequential_offload(case: Case) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("options", GROUPS.values(), ids=GROUPS)
-def test_group_offload_of_the_pipeline(case: Case, options: dict[str, Any], device: str) -> None:
-    expected, pipe = case.run(case.build(num_layers=3)), case.build(num_layers=3)
+def test_group_offload_of_the_pipeline(options: dict[str, Any], device: str) -> None:
+    expected, pipe = TEXT.run(TEXT.build(num_layers=3)), TEXT.build(num_layers=3)
     pipe.enable_group_offload(onload_device=torch.device(device), **options)
     for _ in range(2):
-        close(case.run(pipe), expected)
+        close(TEXT.run(pipe), expected)
 
 
 def test_group_offload_may_leave_components_out() -> None:
@@ -86,11 +85,11 @@ def test_group_offload_of_components_with_streams() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_layerwise_casting(case: Case, device: str) -> None:
-    pipe = case.build().to(device, torch.bfloat16)
-    expected = case.run(pipe).float().cpu()
+def test_layerwise_casting(device: str) -> None:
+    pipe = TEXT.build().to(device, torch.bfloat16)
+    expected = TEXT.run(pipe).float().cpu()
     pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
-    drawn = case.run(pipe).float().cpu()
+    drawn = TEXT.run(pipe).float().cpu()
     assert drawn.isfinite().all()
     assert 0 < (drawn - expected).abs().mean() < 0.1
 
