@@ -5,7 +5,7 @@ patch size 2). Speed: eager, its blocks compiled, the whole compiled, and each a
 ends the program. Memory: peaks of whole calls of a pipeline (with a text encoder and an autoencoder of common
 sizes) as it is, and with each of diffusers' ways to save memory; what they draw is compared with the plain.
 
-    python benchmarks/denoiser.py                                      # two minutes on an H200
+    python benchmarks/denoiser.py --skip whole                         # about 100 s on an H200
     python benchmarks/denoiser.py --device cpu --tiny --out /tmp/x     # the same program in small, no figures
     python benchmarks/denoiser_table.py                                # the result into the documentation
 """
@@ -151,7 +151,7 @@ class Bench:
         }
 
     def milliseconds(self, call: Callable[[], object], repeats: int = 20) -> float:
-        """Median time of a call, launched as in a sampling loop: the device never waits for Python alone."""
+        """Median time of a call from its launch to its end, as one step of a sampling loop takes it."""
         for _ in range(3):
             call()
         self.synchronize()
@@ -173,15 +173,13 @@ class Bench:
         return graph.replay
 
     @torch.no_grad()
-    def measure_speed(self, whole: bool) -> None:
-        """``whole`` also compiles all layers as one graph, which takes a minute."""
+    def measure_speed(self) -> None:
         self.result["parameters"] = sum(parameter.numel() for parameter in self.denoiser().parameters())
         for batch in (2, 1):  # guidance runs two
             row: dict[str, Any] = {}
             self.result["speed"][f"batch {batch}"] = row
             self.speed_of(batch, row)
-        if whole:
-            self.compile_whole(self.result["speed"]["batch 2"], self.inputs(2))
+        torch.compiler.reset()
 
     def speed_of(self, batch: int, row: dict[str, Any]) -> None:
         model, inputs = self.denoiser(), self.inputs(batch)
@@ -219,8 +217,10 @@ class Bench:
             if self.cuda:
                 row["blocks_cuda_graph_ms"] = self.milliseconds(self.graphed(call))
 
-    def compile_whole(self, row: dict[str, Any], inputs: dict[str, torch.Tensor]) -> None:
-        model = self.denoiser()
+    @torch.no_grad()
+    def measure_whole(self) -> None:
+        """All layers compiled as one graph, which takes a minute or more: the last part of the program."""
+        model, inputs, row = self.denoiser(), self.inputs(2), self.result["speed"]["batch 2"]
         expected = model(**inputs, return_dict=False)[0].float()
         torch.compiler.reset()
         began = time.perf_counter()
@@ -348,13 +348,17 @@ def main() -> None:
     path = options.out or RESULTS / f"denoiser-{name.replace(' ', '-').lower()}.json"
     bench = Bench(options.device, TINY if options.tiny else LARGE, options.backend, path, options.commit)
     torch._dynamo.utils.counters.clear()
+    speed = "speed" not in options.skip
+    if speed:
+        bench.measure_speed()
+    bench.clean()
     if "memory" not in options.skip:
         bench.measure_memory()
-    if "speed" not in options.skip:
-        bench.measure_speed(whole="whole" not in options.skip)
+    if speed and "whole" not in options.skip:
+        bench.measure_whole()
     bench.write()
     print(f"wrote {path}")
-    if bench.cuda and "speed" not in options.skip:
+    if bench.cuda and speed:
         row = bench.result["speed"]["batch 2"]
         best = max(row["blocks_speedup"], row.get("whole_speedup", 0.0))
         print(f"compiled over eager: {best:.2f}x (wanted: 1.2x)")
