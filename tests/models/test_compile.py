@@ -121,6 +121,19 @@ def test_export_and_run() -> None:
     torch.testing.assert_close(exported.module()(**inputs).sample, model(**inputs).sample)
 
 
+@pytest.mark.gpu
+def test_packaged_ahead_of_time(tmp_path: Path) -> None:
+    """AOTInductor's package calls the scan's operator in the process that loads it."""
+    model = make_model(num_layers=1).to("cuda")
+    inputs = {name: value.cuda() for name, value in make_inputs(8, 12).items()}
+    with torch.no_grad():
+        expected = model(**inputs).sample
+        exported = torch.export.export(model, args=(), kwargs=inputs)
+        path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
+        loaded = torch._inductor.aoti_load_package(path)
+        torch.testing.assert_close(loaded(**inputs).sample, expected, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [(7, 13)])
 def test_lora_swaps_in_a_compiled_model_without_recompiling(tmp_path: Path, ranks: tuple[int, int]) -> None:
