@@ -11,8 +11,10 @@ show. Peak memory is that of the allocator on a GPU, of the whole process on a C
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -68,7 +70,8 @@ def draw(pipe: Any, size: int, options: argparse.Namespace, device: torch.device
     seconds = time.perf_counter() - start
     last_side = marks[-1][0]
     finishing = time.perf_counter() - marks[-1][1]
-    final_steps = [at for side, at in marks if side == last_side]
+    final = [at for side, at in marks if side == last_side]
+    final_steps = [after - before for before, after in itertools.pairwise(final)]
     row: dict[str, Any] = {
         "pixels": size,
         "seconds": seconds,
@@ -77,7 +80,7 @@ def draw(pipe: Any, size: int, options: argparse.Namespace, device: torch.device
         "planned_bytes": result.plan.peak,
         "sizes": result.sizes,
         "steps": len(marks),
-        "seconds_of_last_step": final_steps[-1] - final_steps[-2] if len(final_steps) > 1 else None,
+        "seconds_per_step_at_full_size": statistics.median(final_steps) if final_steps else None,
         "decode_and_write_seconds": finishing,
         "file_bytes": path.stat().st_size,
     }
