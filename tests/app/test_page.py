@@ -205,7 +205,7 @@ def test_from_a_dropped_picture_and_a_part_of_one(visitor: Visitor, tmp_path: Pa
     visitor.write("a red apple")
     visitor.open("Start from a picture")
     page.set_input_files("#g2-source input[type=file]", tmp_path / "text.png")
-    sync_api.expect(page.locator(".toast-body")).to_contain_text("not a PNG, JPEG or WebP")
+    sync_api.expect(page.locator(".toast-body.warning")).to_contain_text("not a PNG, JPEG or WebP")
     sync_api.expect(page.locator("#g2-source img")).to_have_count(0)  # taken out again
     page.set_input_files("#g2-source input[type=file]", tmp_path / "photo.jpg")
     sync_api.expect(page.locator("#g2-masked")).to_be_visible()
@@ -223,7 +223,7 @@ def test_from_a_dropped_picture_and_a_part_of_one(visitor: Visitor, tmp_path: Pa
     sync_api.expect(canvas).to_be_visible()
     page.wait_for_timeout(1500)  # the editor fits the picture into its canvas
     page.click("#g2-generate")
-    sync_api.expect(page.locator(".toast-body")).to_contain_text("Nothing is painted")
+    sync_api.expect(page.locator(".toast-body.error")).to_contain_text("Nothing is painted")
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
     assert box is not None
