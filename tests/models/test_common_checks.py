@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.training_utils import EMAModel
 from diffusers.utils import constants
@@ -162,6 +163,18 @@ def test_processors_of_the_cross_attention_can_be_replaced() -> None:
             assert module.get_processor() is processor
     with pytest.raises(ValueError, match="number of processors"):
         model.set_attn_processor({next(iter(names)): AttnProcessor()})
+
+
+@pytest.mark.parametrize("mixer", ["gspn2", "softmax"])
+def test_attention_backends_can_be_set(mixer: str) -> None:
+    """They change nothing: the processors here always run torch's own attention."""
+    model = fresh(mixer=mixer).eval()
+    expected = output(model)
+    with attention_backend("native"):
+        assert torch.equal(output(model), expected)
+    model.set_attention_backend("native")
+    assert torch.equal(output(model), expected)
+    model.reset_attention_backend()
 
 
 def test_a_model_can_be_copied() -> None:
