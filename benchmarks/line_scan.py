@@ -155,7 +155,7 @@ def measure_mixers(side: int, replays: int) -> dict[str, float]:
         "tokens": side * side,
         "gspn2_ms": time_graph(lambda: mixer(tokens, side, side), replays),
         "softmax_ms": time_graph(lambda: attention(tokens), replays),
-        "linear_ms": time_graph(lambda: linear(tokens, height=side, width=side), replays),
+        "linear_ms": time_graph(lambda: linear.processor(linear, tokens, height=side, width=side), replays),
     }
 
 

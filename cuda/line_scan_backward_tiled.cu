@@ -258,6 +258,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
   for (int n = thread; n < 2 * border + 4 * k.halo * slice; n += consumers) m.border[n] = 0.0f;
 
   const Place at(thread, slice);
+  const int readable = at.used ? k.extended : 0;  // positions before this one are there to be read
   const Exchange exchange = {m.received, k.halo, k.own, slice, k.rank, CLUSTER};
   const int p = k.start - k.halo + at.first;
   const View out = reversed(
@@ -308,7 +309,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
     const scalar_t* h = m.h + slot * m.around.elements + first_line * around_line;
     const float4* weights = m.weights + (stage & 1) * capacity * k.extended + at.first;
     Line next;
-    next.load_from(dy, a.u ? dy + u_after_dy : nullptr, weights, at_wide, at.first, k.extended, hidden, wants_du, du,
+    next.load_from(dy, a.u ? dy + u_after_dy : nullptr, weights, at_wide, at.first, readable, hidden, wants_du, du,
                    out.position);
 #pragma unroll 1
     for (int j = 0; j < steps; ++j) {
@@ -374,7 +375,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
       if (CLUSTER > 1 && ++since == k.halo) since = 0, parity ^= 1;
       if (j + 1 == steps) break;
       dy += sign * wide_line, x += sign * narrow_line, h += sign * around_line, weights += k.extended;
-      next.load_from(dy, a.u ? dy + u_after_dy : nullptr, weights, at_wide, at.first, k.extended, hidden, wants_du, du,
+      next.load_from(dy, a.u ? dy + u_after_dy : nullptr, weights, at_wide, at.first, readable, hidden, wants_du, du,
                      out.position);
       consumer_barrier(consumers);
     }

@@ -114,7 +114,8 @@ struct Line {
   float source[RUN][VEC], w[RUN][3];
   Vector gate[RUN];
   __device__ __forceinline__ void load_from(const scalar_t* x, const scalar_t* lam, const scalar_t* u, const float4* weights,
-                                            const int (&at)[RUN], const int (&at_narrow)[RUN], int first, int extended) {
+                                            const int (&at)[RUN], const int (&at_narrow)[RUN],
+                                            const bool (&own)[RUN], int first, int extended) {
     float factor[VEC];
 #pragma unroll
     for (int r = 0; r < RUN; ++r) {
@@ -126,7 +127,7 @@ struct Line {
         load(factor, lam + at[r]);
 #pragma unroll
         for (int n = 0; n < VEC; ++n) source[r][n] *= factor[n];
-        if (u) load_words(gate[r].words, u + at_narrow[r]);
+        if (u && own[r]) load_words(gate[r].words, u + at_narrow[r]);
         v = weights[r];
       }
       w[r][0] = v.x, w[r][1] = v.y, w[r][2] = v.z;
@@ -216,6 +217,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
   for (int n = thread; n < 2 * border + 4 * k.halo * slice; n += consumers) m.border[n] = 0.0f;
 
   const Place at(thread, slice);
+  const int readable = at.used ? k.extended : 0;  // positions before this one are there to be read
   const Exchange exchange = {m.received, k.halo, k.own, slice, k.rank, CLUSTER};
   const bool stores_state = a.state && a.tiling.boxes > 1;  // where the accelerator cannot
   const View vy = view_along(k.direction, k.lines, k.batch * a.y_b + k.slot * a.y_d + k.channel, a.y_h, a.y_w);
@@ -253,7 +255,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
     scalar_t* u = m.u + slot * m.narrow.elements + first_line * narrow_line;
     const float4* weights = m.weights + (stage & 1) * capacity * k.extended + at.first;
     Line next;
-    next.load_from(x, x + lam_after_x, a.u ? u : nullptr, weights, at_wide, at_narrow, at.first, k.extended);
+    next.load_from(x, x + lam_after_x, a.u ? u : nullptr, weights, at_wide, at_narrow, own, at.first, readable);
 #pragma unroll 1
     for (int j = 0; j < lines; ++j) {
       if (CLUSTER > 1 && since == 0 && stage > 0) {
@@ -283,7 +285,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
       if (CLUSTER > 1 && ++since == k.halo) since = 0, parity ^= 1;
       if (j + 1 == lines) break;
       x += wide_step, u += narrow_step, weights += k.extended;
-      next.load_from(x, x + lam_after_x, a.u ? u : nullptr, weights, at_wide, at_narrow, at.first, k.extended);
+      next.load_from(x, x + lam_after_x, a.u ? u : nullptr, weights, at_wide, at_narrow, own, at.first, readable);
       consumer_barrier(consumers);
     }
     publish_results();

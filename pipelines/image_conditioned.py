@@ -105,7 +105,8 @@ class ImageConditionedPipeline(GSPN2PipelineBase):
         steps, count = self.start_late(steps, count, strength)
         self._num_timesteps = len(steps)
         tensors = self.encode_call(call, device)
-        tensors["image_latents"] = self.repeat_for(images, self.encode_pictures(pictures, device))
+        latents = self.encode_pictures(pictures, device).to(device)  # the VAE may be on another one
+        tensors["image_latents"] = self.repeat_for(images, latents)
         tensors["noise"] = self.prepare_latents(images, height, width, device, call.generator, call.latents)
         tensors["latents"] = self.noised(tensors, 0)
         return tensors, steps, count

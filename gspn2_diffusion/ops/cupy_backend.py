@@ -255,6 +255,17 @@ def tensor_map(
 _PADDING = (0,) * 8  # a struct with maps is padded to a multiple of 64 bytes
 
 
+def bind(device: int) -> None:
+    """Make a device's context the calling thread's own, which launches and tensor maps need.
+
+    torch remembers which device is current and may not have told the driver in a thread that is new, such as
+    that of the backward pass.
+    """
+    from cupy_backends.cuda.api import runtime
+
+    runtime.setDevice(device)
+
+
 def launch(
     plan: Plan,
     dtype: torch.dtype,
@@ -263,14 +274,12 @@ def launch(
     strides: Sequence[int],
     maps: Sequence[int] = (),
 ) -> None:
-    """Launch a plan on torch's current stream: maps, pointers, the plan's parameters, strides, in this order.
+    """Launch a plan on the current device and torch's current stream.
 
-    The kernel takes them as one struct of 64-bit members. CuPy's own call would convert every argument and
-    switch device and stream each time, so the driver is called through CuPy's binding instead.
+    The kernel takes maps, pointers, the plan's parameters and strides, in this order, as one struct of
+    64-bit members. CuPy's own call would convert every argument and switch device and stream each time, so
+    the driver is called through CuPy's binding instead.
     """
-    if torch.cuda.current_device() != device:
-        with torch.cuda.device(device):
-            return launch(plan, dtype, device, pointers, strides, maps)
     from cupy_backends.cuda.api import driver
 
     function = _kernel(device, plan.source, plan.entry, dtype, plan.vec, plan.run).kernel.ptr
@@ -285,4 +294,3 @@ def launch(
         arguments.buffer_info()[0],
         0,
     )
-    return None

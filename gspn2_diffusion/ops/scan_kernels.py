@@ -164,6 +164,11 @@ def line_scan_forward(
         ``y (B, H, W, D, C)``, and the hidden states of the same shape or None if none are kept apart from
         ``y``.
     """
+    index = x.device.index
+    if torch.cuda.current_device() != index:
+        with torch.cuda.device(index):
+            return line_scan_forward(x, weight, lam, u, directions, chunk_size, normalize, save_state, plan)
+    cupy_backend.bind(index)
     batch, height, width, channels = x.shape
     y = x.new_empty((batch, height, width, len(directions), channels))
     state = torch.empty_like(y) if save_state and u is not None else None
@@ -209,6 +214,12 @@ def line_scan_backward(
     Returns:
         Gradients of ``x, weight, lam, u``, contiguous, in the inputs' dtype; None where not wanted.
     """
+    index = x.device.index
+    if torch.cuda.current_device() != index:
+        options = (directions, chunk_size, normalize, wanted, plan)
+        with torch.cuda.device(index):
+            return line_scan_backward(dy, x, weight, lam, u, state, *options)
+    cupy_backend.bind(index)
     batch, height, width, channels = x.shape
     want_x, want_weight, want_lam, want_u = wanted
     gate_shape = (batch, height, width, len(directions), channels)
