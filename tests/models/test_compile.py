@@ -160,8 +160,11 @@ def test_lora_swaps_in_a_compiled_model_without_recompiling(tmp_path: Path, rank
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-@pytest.mark.parametrize("regional", [False, True], ids=["whole", "blocks"])
+@pytest.mark.parametrize(
+    ("mode", "regional"),
+    [("default", False), ("default", True), ("reduce-overhead", False)],
+    ids=["whole", "blocks", "CUDA graphs"],
+)
 def test_compiled_on_a_gpu(mode: str, regional: bool) -> None:
     """With "reduce-overhead" as CUDA graphs."""
     model = make_model(num_layers=3).to("cuda")

@@ -95,13 +95,13 @@ def test_layerwise_casting(device: str) -> None:
 
 
 @pytest.mark.gpu
-def test_device_map_of_the_pipeline(case: Case, tmp_path: Path) -> None:
-    expected, pipe = case.run(case.build()), case.build()
+@pytest.mark.parametrize("device_map", ["cuda", "balanced"])
+def test_device_map_of_the_pipeline(tmp_path: Path, device_map: str) -> None:
+    expected, pipe = TEXT.run(TEXT.build()), TEXT.build()
     pipe.save_pretrained(tmp_path)
-    for device_map in ("cuda", "balanced"):
-        loaded = case.kind.from_pretrained(tmp_path, device_map=device_map)
-        assert {part.device.type for part in modules_of(loaded).values()} == {"cuda"}
-        close(case.run(loaded), expected)
+    loaded = TEXT.kind.from_pretrained(tmp_path, device_map=device_map)
+    assert {part.device.type for part in modules_of(loaded).values()} == {"cuda"}
+    close(TEXT.run(loaded), expected)
 
 
 def test_autoencoder_slicing_changes_nothing() -> None:
