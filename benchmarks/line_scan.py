@@ -53,7 +53,10 @@ MIXER_WIDTH, MIXER_HEADS = 1152, 18
 MIXER_SIDES = (16, 32, 64, 128, 256)
 
 
-def make_inputs(shape: tuple[int, int, int, int], count: int) -> list[tuple[torch.Tensor, ...]]:
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # x, weight, lam, u
+
+
+def make_inputs(shape: tuple[int, int, int, int], count: int) -> list[Inputs]:
     batch, height, width, channels = shape
 
     def draw(*size: int) -> torch.Tensor:
@@ -66,7 +69,7 @@ def make_inputs(shape: tuple[int, int, int, int], count: int) -> list[tuple[torc
     ]
 
 
-def check(inputs: tuple[torch.Tensor, ...]) -> float:
+def check(inputs: Inputs) -> float:
     """Relative error of the kernel against the float32 reference, on the first batch entry.
 
     Pictures of more than 1024 lines are checked on a part of them, which the same kernel scans.
@@ -98,7 +101,8 @@ def measure(shape: tuple[int, int, int, int], bandwidth: float, replays: int) ->
             scan_kernels.line_scan_forward(*s, DIRECTIONS, 0, True, False)
 
     forward_ms = time_graph(forward, replays) / len(sets)
-    states = [scan_kernels.line_scan_forward(*s, DIRECTIONS, 0, True, True)[1] for s in sets]
+    kept = (scan_kernels.line_scan_forward(*s, DIRECTIONS, 0, True, True)[1] for s in sets)
+    states = [state for state in kept if state is not None]
     dy = torch.randn_like(states[0])
 
     def backward() -> None:
@@ -122,7 +126,7 @@ def measure(shape: tuple[int, int, int, int], bandwidth: float, replays: int) ->
     return row
 
 
-def measure_gspn1(inputs: tuple[torch.Tensor, ...]) -> dict[str, float]:
+def measure_gspn1(inputs: Inputs) -> dict[str, float]:
     from gspn1_scheme import GSPN1Scheme
 
     scheme = GSPN1Scheme(*inputs)
@@ -146,8 +150,8 @@ def measure_mixers(side: int, replays: int) -> dict[str, float]:
     head = MIXER_WIDTH // MIXER_HEADS
     attention = Attention(MIXER_WIDTH, heads=MIXER_HEADS, dim_head=head, bias=True)
     linear = Attention(MIXER_WIDTH, heads=MIXER_HEADS, dim_head=head, bias=True)
-    linear.set_processor(ReLULinearAttnProcessor())
-    linear.norm_q, linear.norm_k = torch.nn.Identity(), torch.nn.Identity()
+    linear.set_processor(ReLULinearAttnProcessor())  # type: ignore[arg-type]
+    linear.norm_q = linear.norm_k = torch.nn.Identity()  # type: ignore[assignment]
     mixer = GSPN2Mixer(MIXER_WIDTH)
     for module in (attention, linear, mixer):
         module.to("cuda", torch.bfloat16)

@@ -2,6 +2,7 @@
 
     python scripts/compile_kernels.py                       # the architectures we support
     python scripts/compile_kernels.py --arch sm_90 --arch sm_120
+    python scripts/compile_kernels.py --quick               # all for sm_90, one of each kernel elsewhere
 
 NVRTC does the work, the same compiler that runs at first use. Ends with 1 if a kernel does not compile.
 """
@@ -9,10 +10,12 @@ NVRTC does the work, the same compiler that runs at first use. Ends with 1 if a 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from gspn2_diffusion.ops import cupy_backend
@@ -31,18 +34,28 @@ class Result:
     error: str = ""
 
 
-def compile_variants(arch: str) -> list[Result]:
-    """Every kernel variant for ``arch`` (``"sm_90"``); failures are results, not exceptions."""
-    results = []
-    for name, dtype, vec, run in cupy_backend.variants():
+def compile_variants(arch: str, quick: bool) -> list[Result]:
+    """Every kernel variant for ``arch`` (``"sm_90"``); failures are results, not exceptions.
+
+    Args:
+        quick: of architectures other than sm_90, only one variant of each kernel.
+    """
+
+    def build(variant: cupy_backend.Variant) -> Result:
+        name, dtype, vec, run = variant
         label = f"{name}[{str(dtype).removeprefix('torch.')}, {vec}x{run}]"
         start = time.perf_counter()
         try:
             size, error = len(cupy_backend.compile_cubin(name, dtype, vec, run, arch)), ""
         except RuntimeError as failure:
             size, error = 0, str(failure)
-        results.append(Result(label, arch, time.perf_counter() - start, size, error))
-    return results
+        return Result(label, arch, time.perf_counter() - start, size, error)
+
+    chosen = cupy_backend.variants()
+    if quick and arch != "sm_90":
+        chosen = list({variant[0]: variant for variant in chosen}.values())
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(build, chosen))
 
 
 def _architecture(text: str) -> str:
@@ -62,12 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--arch", action="append", type=_architecture, help="such as sm_90; may be repeated")
-    architectures = list(dict.fromkeys(parser.parse_args(arguments).arch or ARCHITECTURES))
+    parser.add_argument("--quick", action="store_true", help="one variant of each kernel, but all for sm_90")
+    options = parser.parse_args(arguments)
+    architectures = list(dict.fromkeys(options.arch or ARCHITECTURES))
     failures = []
     total = 0
     start = time.perf_counter()
     for arch in architectures:
-        results = compile_variants(arch)
+        results = compile_variants(arch, options.quick)
         width = max(len(result.name) for result in results)
         for result in results:
             _print_row(result, width)
