@@ -262,14 +262,14 @@ def tiled_shared_bytes(problem: Problem, tile: Tile, width: int, boxes: int, con
     return STAGES * (stages + 8) + weights + states
 
 
-# Which tile: the one with the lowest estimated time. Nanoseconds for one line of one wave of blocks,
-#     line + stage / stage_lines + exchange / halo + blocks on a multiprocessor * (per element + per row)
-# fitted to 3,516 measured tiles of 18 shapes, on an H200 in bfloat16 (median error 12% forward, 18%
-# backward; on average the chosen tile takes 15% and 9% longer than the best one that was tried). What the
-# terms stand for: the dependent instructions of a line; what a stage costs beside its lines; the barrier of
-# a cluster and the lines that are computed twice; the work of the consumers; the accelerator, for which a
-# row of less than 64 bytes is no less work than a whole one.
-_COST = {False: (164.0, 246.0, 819.0, 0.180, 0.072), True: (627.0, 162.0, 970.0, 0.327, 0.123)}
+# Which tile: the one with the lowest estimated time. Nanoseconds for one line of one wave of blocks, for each
+# of the terms of `cost_terms`, fitted to 3,200 tiles of 18 shapes measured on an H200 in bfloat16: median
+# error 13%. On average the chosen tile takes 4% (forward) and 5% (backward) longer than the best one that was
+# tried, at worst 29% and 24%. benchmarks/tiles.py measures and fits again.
+_COST = {
+    False: (65.0, 217.0, 560.0, 104.0, 157.0, 12.8, 43.0),
+    True: (288.0, 125.0, 900.0, 245.0, 331.0, 18.6, 299.0),
+}
 # Clusters of a size that are active at once, as a share of the multiprocessors: larger ones leave some idle.
 _ACTIVE = {1: 1.0, 2: 0.5, 4: 0.235, 8: 0.107, 16: 0.054}
 
@@ -277,35 +277,51 @@ _ACTIVE = {1: 1.0, 2: 0.5, 4: 0.235, 8: 0.107, 16: 0.054}
 def tiles(problem: Problem, clusters: Sequence[int] = (1, 2, 4, 8, 16)) -> Iterator[Tile]:
     """Every tile choice worth trying; :func:`tiled_plan` sorts out those that fit."""
     chunk = 16 // problem.itemsize
-    for size, (vec, run), cluster in itertools.product((1, 2, 4, 8, 3, 6), RUNS, clusters):
+    # Rows of 48 bytes, 24 channels in half precision, straddle the sectors of memory.
+    for size, (vec, run), cluster in itertools.product((1, 2, 4, 8, 6), RUNS, clusters):
         for stage_lines, halo in itertools.product((1, 2, 4), (0,) if cluster == 1 else (4, 8)):
             yield Tile(vec * 2 // problem.itemsize, run, size * chunk, cluster, halo, stage_lines)
 
 
-def estimate(problem: Problem, plan: Plan, shared_limit: int, processors: int) -> float:
-    """Estimated nanoseconds of a tiled launch; see ``_COST``."""
+def cost_terms(problem: Problem, plan: Plan, shared_limit: int, processors: int) -> tuple[float, ...]:
+    """What the time of a tiled launch is made of, each times its lines and waves of blocks.
+
+    1. the dependent instructions of a line, 2. what a stage costs beside its lines, 3. the barrier of a
+    cluster, 4. what a cluster costs at every line; and times the blocks on a multiprocessor: 5. the
+    elements of a line in thousands, 6. its rows in hundreds, of which the accelerator copies one of less
+    than 64 bytes no faster, 7. warps whose threads have several positions.
+    """
     tile = plan.tile
     assert tile is not None
-    line, stage, exchange, per_element, per_row = _COST[problem.backward]
     registers = 128 if tile.vec * tile.run >= 12 else 80
-    blocks = max(
-        1,
-        min(
-            (shared_limit + 1024) // (plan.shared_bytes + 1024),
-            2048 // plan.threads,
-            65536 // (registers * plan.threads),
-        ),
+    blocks = min(
+        (shared_limit + 1024) // (plan.shared_bytes + 1024),
+        2048 // plan.threads,
+        65536 // (registers * plan.threads),
     )
-    groups = plan.grid // tile.cluster
-    waves = _ceil(groups, max(1, int(_ACTIVE[tile.cluster] * processors)) * blocks)
-    together = min(blocks, _ceil(plan.grid, processors))
+    blocks = max(1, blocks)
+    active = max(1, int(_ACTIVE[tile.cluster] * processors)) * blocks
+    times = _ceil(plan.grid // tile.cluster, active) * problem.chunk_lines
+    together = times * min(blocks, _ceil(plan.grid, processors))
     width = max(plan.widths)
     extended = width + 2 * tile.halo
     rows = 2 * extended + (6 if problem.backward else 2) * width
-    row_bytes = tile.slice * problem.itemsize
-    block = per_element * extended * tile.slice + per_row * rows * max(1.0, 64 / row_bytes)
-    fixed = line + stage / tile.stage_lines + (exchange / tile.halo if tile.halo else 0.0)
-    return waves * problem.chunk_lines * (fixed + together * block)
+    short = max(1.0, 64 / (tile.slice * problem.itemsize))
+    return (
+        times,
+        times / tile.stage_lines,
+        times / tile.halo if tile.halo else 0.0,
+        times if tile.halo else 0.0,
+        together * extended * tile.slice / 1000,
+        together * rows / 100 * short,
+        together * (plan.threads - HELPERS) / 32 if tile.run > 1 else 0.0,
+    )
+
+
+def estimate(problem: Problem, plan: Plan, shared_limit: int, processors: int) -> float:
+    """Estimated nanoseconds of a tiled launch."""
+    terms = cost_terms(problem, plan, shared_limit, processors)
+    return sum(c * t for c, t in zip(_COST[problem.backward], terms, strict=True))
 
 
 def choose_tile(problem: Problem, clusters: Sequence[int], shared_limit: int, processors: int) -> Tile | None:

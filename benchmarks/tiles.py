@@ -1,0 +1,164 @@
+"""Times every tile that ``ops/plans.py`` can choose, and fits the constants by which it chooses.
+
+    python benchmarks/tiles.py --seconds 100              # measure; writes results/tiles-<gpu>.json
+    python benchmarks/tiles.py --fit results/tiles-nvidia-h200.json
+
+A tile whose result differs from the generic kernel's is reported and not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from line_scan import CASES, DIRECTIONS, MINIMUM_BYTES, Inputs, make_inputs
+from timing import time_graph, write_result
+
+from gspn2_diffusion.ops import cupy_backend, scan_kernels
+from gspn2_diffusion.ops.plans import (
+    Plan,
+    Problem,
+    Tile,
+    choose_tile,
+    cost_terms,
+    generic_plan,
+    tiled_plan,
+    tiles,
+)
+
+SHAPES = [shape for shape in CASES if shape[3] % 8 == 0]
+MAX_ERROR = 8e-3  # relative, in bfloat16
+FIELDS = ("vec", "run", "slice", "cluster", "halo", "stage_lines")
+
+
+def problem_of(shape: tuple[int, ...], backward: bool) -> Problem:
+    batch, height, width, channels = shape
+    return Problem(batch, height, width, channels, 1, tuple(DIRECTIONS), 0, 2, backward)
+
+
+def run(inputs: Inputs, state: torch.Tensor | None, plan: Plan) -> list[torch.Tensor]:
+    """One launch of a plan: forward without a state, backward with one, for ``dy = state``."""
+    if state is None:
+        return [scan_kernels.line_scan_forward(*inputs, DIRECTIONS, 0, True, False, plan=plan)[0]]
+    grads = scan_kernels.line_scan_backward(state, *inputs, state, DIRECTIONS, 0, True, plan=plan)
+    return [grad for grad in grads if grad is not None]
+
+
+def differs(got: list[torch.Tensor], want: list[torch.Tensor]) -> bool:
+    errors = [
+        ((g.float() - w.float()).norm() / w.float().norm()).item() for g, w in zip(got, want, strict=True)
+    ]
+    return not max(errors) <= MAX_ERROR
+
+
+def measure(shape: tuple[int, int, int, int], backward: bool, seconds: float) -> list[dict[str, Any]]:
+    """Milliseconds of as many tiles, in random order, as fit into the time."""
+    device = torch.cuda.current_device()
+    limit, problem = cupy_backend.shared_limit(device), problem_of(shape, backward)
+    found = [(t, tiled_plan(problem, t, True, limit)) for t in tiles(problem, cupy_backend.clusters(device))]
+    candidates = [(tile, plan) for tile, plan in found if plan is not None]
+    random.Random(0).shuffle(candidates)
+    bytes_read = 2 * 9 * problem.batch * problem.height * problem.width * problem.channels
+    sets = make_inputs(shape, max(1, min(12, -(-MINIMUM_BYTES // bytes_read))))
+    forward = generic_plan(problem_of(shape, False), 8, limit)
+    states: list[torch.Tensor | None] = [
+        scan_kernels.line_scan_forward(*s, DIRECTIONS, 0, True, True, plan=forward)[1] if backward else None
+        for s in sets
+    ]
+    want = run(sets[0], states[0], generic_plan(problem, 8, limit))
+    rows: list[dict[str, Any]] = []
+    start = time.perf_counter()
+    for tile, plan in candidates:
+        if rows and time.perf_counter() - start > seconds:
+            break
+        if differs(run(sets[0], states[0], plan), want):
+            print(f"WRONG: {shape} {'backward' if backward else 'forward'} {tile}", flush=True)
+            continue
+
+        def launch(plan: Plan = plan) -> None:
+            for inputs, state in zip(sets, states, strict=True):
+                run(inputs, state, plan)
+
+        row = {name: getattr(tile, name) for name in FIELDS}
+        rows.append({"ms": time_graph(launch, 5) / len(sets), **row})
+    return rows
+
+
+def fit(cases: list[dict[str, Any]], backward: bool, limit: int, processors: int) -> np.ndarray:
+    """Non-negative constants of ``cost_terms`` by weighted least squares on the relative error.
+
+    Tiles near the best of their shape count most, and every shape counts alike.
+    """
+    terms, times, weights = [], [], []
+    for case in (case for case in cases if case["backward"] == backward):
+        problem = problem_of(tuple(case["shape"]), backward)
+        best = min(row["ms"] for row in case["tiles"])
+        for row in case["tiles"]:
+            plan = tiled_plan(problem, Tile(*(row[name] for name in FIELDS)), True, limit)
+            if plan is not None:
+                terms.append(cost_terms(problem, plan, limit, processors))
+                times.append(row["ms"] * 1e6)
+                weights.append((best / row["ms"]) ** 1.5 / len(case["tiles"]) ** 0.5)
+    weight = np.array(weights)
+    matrix = np.array(terms) / np.array(times)[:, None] * weight[:, None]
+    gram, target = matrix.T @ matrix, matrix.T @ weight
+    constants = np.zeros(len(gram))
+    for _ in range(5000):
+        for k in range(len(constants)):
+            if gram[k, k] > 0:
+                constants[k] = max(0.0, constants[k] + (target[k] - gram[k] @ constants) / gram[k, k])
+    return constants
+
+
+def report(case: dict[str, Any], limit: int, processors: int) -> None:
+    problem = problem_of(tuple(case["shape"]), case["backward"])
+    rows = sorted(case["tiles"], key=lambda row: row["ms"])
+    tile = choose_tile(problem, cupy_backend.CLUSTERS, limit, processors)
+    chosen = {name: getattr(tile, name) for name in FIELDS}
+    took = next((row["ms"] for row in rows if all(row[n] == chosen[n] for n in FIELDS)), None)
+    times = f"{took / rows[0]['ms']:.2f} of the best" if took else "not among those measured"
+    kind = "backward" if case["backward"] else "forward"
+    print(f"{case['shape']} {kind}: {len(rows)} tiles, best {rows[0]}, chosen {chosen}: {times}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=100.0, help="for all shapes together")
+    parser.add_argument("--fit", type=Path, help="a result of this program, instead of measuring")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--commit", default=None, help="commit to record where there is no git history")
+    options = parser.parse_args()
+    if options.fit:
+        result = json.loads(options.fit.read_text())
+        for backward in (False, True):
+            constants = fit(result["cases"], backward, result["shared_limit"], result["processors"])
+            print("backward" if backward else "forward", np.round(constants, 1).tolist())
+        return
+    if not torch.cuda.is_available():
+        sys.exit("measuring needs a CUDA GPU")
+    torch.manual_seed(0)
+    device = torch.cuda.current_device()
+    limit, processors = cupy_backend.shared_limit(device), cupy_backend.processors(device)
+    cases = []
+    with torch.no_grad():
+        for shape in SHAPES:
+            for backward in (False, True):
+                rows = measure(shape, backward, options.seconds / (2 * len(SHAPES)))
+                cases.append({"shape": list(shape), "backward": backward, "tiles": rows})
+                report(cases[-1], limit, processors)
+                torch.cuda.empty_cache()
+    result = {"dtype": "bfloat16", "shared_limit": limit, "processors": processors, "cases": cases}
+    print(f"wrote {write_result(result, options.out, 'tiles', options.commit)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Which kernel and which tile: what every plan must keep to, whatever the constants are."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from gspn2_diffusion.ops.plans import (
+    HELPERS,
+    ITEMS,
+    MAX_BOX,
+    WEIGHERS,
+    Problem,
+    Tile,
+    choose_tile,
+    estimate,
+    generic_plan,
+    tiled_plan,
+    tiles,
+)
+
+LIMIT, PROCESSORS, CLUSTERS = 227 * 1024, 132, (1, 2, 4, 8, 16)
+PROBLEM = Problem(2, 96, 160, 96, 1, (0, 1, 2, 3), 0, 2, False)
+PROBLEMS = [
+    dataclasses.replace(
+        PROBLEM, batch=b, height=h, width=w, channels=c, groups=g, itemsize=size, backward=back
+    )
+    for b, h, w, c, g in [
+        (1, 64, 64, 32, 1),
+        (3, 33, 65, 48, 2),
+        (1, 512, 300, 144, 1),
+        (16, 1024, 1024, 8, 1),
+        (1, 2048, 1000, 64, 1),
+        (2, 1, 7, 8, 1),
+    ]
+    for size in (2, 4)
+    for back in (False, True)
+]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_every_tile_keeps_to_the_kernels_rules(problem):
+    plans = [p for p in (tiled_plan(problem, t, True, LIMIT) for t in tiles(problem)) if p is not None]
+    assert plans
+    for plan in plans:
+        tile = plan.tile
+        assert tile is not None
+        lanes = tile.slice // tile.vec
+        row_bytes = tile.slice * problem.itemsize
+        assert tile.slice == lanes * tile.vec
+        assert problem.per_group % tile.slice == 0
+        assert row_bytes % 16 == 0
+        assert (tile.halo > 0) == (tile.cluster > 1)
+        assert plan.shared_bytes <= LIMIT
+        assert plan.threads % 32 == 0
+        assert plan.threads <= (448 if tile.vec * tile.run >= 12 else 736)
+        assert tile.halo * row_bytes % 128 == 0
+        for length, width in zip((problem.width, problem.height), plan.widths, strict=True):
+            extended = width + 2 * tile.halo
+            assert width * row_bytes % 128 == 0
+            assert length - (tile.cluster - 1) * width >= max(1, tile.halo)
+            assert tile.cluster * width >= length
+            assert math.ceil((extended + 2) / plan.boxes) <= MAX_BOX + 1
+            assert (extended + 2) * tile.stage_lines <= WEIGHERS * ITEMS
+            per_warp = 32 // lanes
+            assert (plan.threads - HELPERS) // 32 * per_warp * tile.run >= extended
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_the_chosen_tile_is_the_cheapest(problem):
+    chosen = choose_tile(problem, CLUSTERS, LIMIT, PROCESSORS)
+    assert chosen is not None
+    times = {
+        tile: estimate(problem, plan, LIMIT, PROCESSORS)
+        for tile in tiles(problem, CLUSTERS)
+        if (plan := tiled_plan(problem, tile, True, LIMIT)) is not None
+    }
+    assert times[chosen] == min(times.values()) > 0
+
+
+def test_clusters_only_where_the_gpu_has_them():
+    problem = dataclasses.replace(PROBLEM, height=256, width=256)
+    with_clusters = choose_tile(problem, CLUSTERS, LIMIT, PROCESSORS)
+    without = choose_tile(problem, (1,), LIMIT, PROCESSORS)
+    assert with_clusters is not None
+    assert without is not None
+    assert with_clusters.cluster > 1 == without.cluster
+
+
+def test_nothing_tiled_fits_a_line_that_is_too_long():
+    problem = dataclasses.replace(PROBLEM, height=3, width=40_000, channels=8)
+    assert choose_tile(problem, (1,), LIMIT, PROCESSORS) is None
+    plan = generic_plan(problem, 8, LIMIT)
+    assert plan.source == "line_scan_forward"
+    assert plan.scratch_floats > 0
+
+
+def test_a_tile_that_does_not_fit_is_none():
+    good = Tile(8, 1, 32, 2, 8, 2)
+    assert tiled_plan(PROBLEM, good, True, LIMIT) is not None
+    for changed in ({"slice": 64}, {"halo": 3}, {"stage_lines": 3}, {"cluster": 16}):
+        assert tiled_plan(PROBLEM, dataclasses.replace(good, **changed), True, LIMIT) is None, changed
+    assert tiled_plan(PROBLEM, good, True, 16 * 1024) is None
+
+
+def test_too_many_blocks():
+    with pytest.raises(ValueError, match=r"x of shape \(600000000, 4, 4, 16\) needs .* blocks"):
+        generic_plan(
+            dataclasses.replace(PROBLEM, batch=600_000_000, height=4, width=4, channels=16), 1, LIMIT
+        )
