@@ -278,6 +278,7 @@ def test_propagation_panel_and_comparison(visitor: Visitor) -> None:
     told = page.locator("#g2-reach").inner_text()
     right, left = (int(re.findall(rf"{name} (\d+)", told)[0]) for name in ("right", "left"))
     assert right < left  # the point is near the right edge
+    page.wait_for_timeout(1000)  # until the page has taken the last answer in
     visitor.set_number("#g2-layer", 1)
     sync_api.expect(page.locator("#g2-reach")).to_contain_text("Layer 1")
     page.locator("#g2-direction label", has_text="left").click()

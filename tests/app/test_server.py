@@ -156,7 +156,14 @@ def test_as_a_program_with_port_and_password_from_the_environment(tiny_model: Pa
     own = {"GRADIO_SERVER_PORT": str(port), "GSPN2_APP_AUTH": "ann:secret", "PYTHONUNBUFFERED": "1"}
     program = Path(__file__).parents[2] / "app.py"
     command = [sys.executable, str(program), "--model", str(tiny_model), "--device", "cpu"]
-    process = subprocess.Popen(command, env={**os.environ, **own}, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, **own},
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell starts background jobs with Ctrl+C ignored, and that would be inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         assert process.stdout is not None
         assert f"http://127.0.0.1:{port}" in process.stdout.readline()
