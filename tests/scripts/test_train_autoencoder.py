@@ -48,10 +48,10 @@ def test_training_improves_and_saves_latent_statistics(root):
 
 
 def test_statistics_normalise_latents(root):
-    from gspn2_diffusion.training.scene_clutter import clutter
     from gspn2_diffusion.training.config import AutoencoderConfig
     from gspn2_diffusion.training.data import split_records
     from gspn2_diffusion.training.emoji import load_sprites
+    from gspn2_diffusion.training.scene_clutter import clutter
     from gspn2_diffusion.training.scenes import compose
 
     vae = AutoencoderKL.from_pretrained(root / "run" / "vae", dtype=torch.float32)
