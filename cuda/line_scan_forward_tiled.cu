@@ -23,8 +23,8 @@ struct Memory {
   float* received;          // [2][left, right][halo][slice]
   int64* barriers;          // [STAGES]
   __device__ Memory(char* base, const Tile& k, const Tiling& t)
-      : wide(k.extended, (int)t.stage_lines, (int)t.slice, (int)t.boxes),
-        narrow(k.width, (int)t.stage_lines, (int)t.slice, (int)t.boxes) {
+      : wide(k.extended, (int)t.stage_lines, (int)t.slice, boxes_of(t)),
+        narrow(k.width, (int)t.stage_lines, (int)t.slice, boxes_of(t)) {
     const int slice = (int)t.slice, lines = (int)t.stage_lines;
     x = reinterpret_cast<scalar_t*>(base);
     lam = x + STAGES * wide.elements;
@@ -54,7 +54,7 @@ struct Copier {
   __device__ void fetch(int stage, int) const {
     const int line = k.begin + stage * capacity, slot = stage % STAGES, left = k.start - k.halo;
     if (line >= k.end) return;
-    const int boxes = (int)a.tiling.boxes, kind = k.direction >> 1;
+    const int boxes = boxes_of(a.tiling), kind = k.direction >> 1;
     const int low = k.direction & 1 ? k.lines - line - capacity : line;  // lowest line of the stage in memory
     const int positions = boxes * (2 * m.wide.box_positions + (a.u ? m.narrow.box_positions : 0));
     int64* const barrier = m.barriers + slot;
@@ -68,7 +68,7 @@ struct Copier {
   }
   __device__ void store(int stage, int) const {
     const int line = k.begin + stage * capacity, lines = min(capacity, k.end - line), slot = stage % STAGES;
-    const int boxes = (int)a.tiling.boxes, kind = k.direction >> 1;
+    const int boxes = boxes_of(a.tiling), kind = k.direction >> 1;
     const bool backwards = k.direction & 1;
     for (int j = 0; j < lines; ++j) {
       const int row = backwards ? k.lines - 1 - line - j : line + j, place = backwards ? capacity - 1 - j : j;
@@ -219,7 +219,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
   const Place at(thread, slice);
   const int readable = at.used ? k.extended : 0;  // positions before this one are there to be read
   const Exchange exchange = {m.received, k.halo, k.own, slice, k.rank, CLUSTER};
-  const bool stores_state = a.state && a.tiling.boxes > 1;  // where the accelerator cannot
+  const bool stores_state = a.state && boxes_of(a.tiling) > 1;  // where the accelerator cannot
   const View vy = view_along(k.direction, k.lines, k.batch * a.y_b + k.slot * a.y_d + k.channel, a.y_h, a.y_w);
   int at_wide[RUN], at_narrow[RUN];
   bool own[RUN];

@@ -37,6 +37,9 @@ struct Tiling {
   int64 normalize;
 };
 
+// Only the accelerator limits how many positions come at once; without it the boxes would have to be filled alike.
+__device__ __forceinline__ int boxes_of(const Tiling& t) { return ACCELERATOR ? (int)t.boxes : 1; }
+
 struct Tile {
   int direction, slot, batch, slice, channel, group, rank;
   int lines, positions, begin, end;

@@ -88,7 +88,7 @@ class Tile:
     stage_lines: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity: it is a key of what is kept for every launch
 class Plan:
     """A launch: the source file, its entry point, vector width, sizes, and the kernel's shape parameters."""
 

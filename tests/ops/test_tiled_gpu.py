@@ -105,7 +105,7 @@ def test_options(size, channels, groups, tile, chunk, kind):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", [{}, {"with_u": False}])
-@pytest.mark.parametrize(("size", "channels", "groups", "tile", "chunk"), CASES[:6])
+@pytest.mark.parametrize(("size", "channels", "groups", "tile", "chunk"), [*CASES[:6], *CASES[-2:]])
 def test_without_the_accelerator(size, channels, groups, tile, chunk, kind, dtype, monkeypatch):
     """The copies that older GPUs make."""
     source = cupy_backend.kernel_source
