@@ -46,9 +46,11 @@ class BlockAlignment(nn.Module):
         self._errors: dict[str, Tensor] = {}
         # In a list, so that the teacher is no part of this module and is neither trained nor saved.
         self._teacher = [{site.name: teacher.get_submodule(site.name) for site in sites}]
-        for site in sites:
-            layer = student.get_submodule(site.name).requires_grad_(True)
+        layers = [student.get_submodule(site.name).requires_grad_(True) for site in sites]
+        for site, layer in zip(sites, layers, strict=True):
             layer.register_forward_hook(self._hook(site.name), with_kwargs=True)
+        # What they hand on has no gradient, so FSDP2 could not know when to gather them again.
+        self.held_until_backward = tuple(layers)
         self._aligning = False
 
     def _hook(self, name: str) -> Any:

@@ -42,16 +42,19 @@ class DistillTask(DenoiserTask):
         run, config, encoder: as in `DenoiserTask`.
         state: of a `BlockAlignment` or `EndToEnd`, which holds the student as ``student``.
         gap: what is to be closed; made at the first validation.
+        judge: a copy of the student made before its weights were split; None copies it when it is needed.
     """
 
     def __init__(
-        self, run: Run, config: DistillConfig, encoder: Encoder, state: TrainState, gap: Gap
+        self, run: Run, config: DistillConfig, encoder: Encoder, state: TrainState, gap: Gap, judge: Any
     ) -> None:
         student = state.module.student
         self._student, self.gap = student, gap
         proxy = dataclasses.replace(state, module=student)  # what the source asks the model's settings of
         super().__init__(run, config, encoder, proxy)
         self.state = state
+        if judge is not None:
+            self._judge = self._prepared(judge)
 
     def loss(self, model: nn.Module, step: int, micro: int) -> Tensor:
         """The stage's loss on the next batch."""
@@ -78,14 +81,12 @@ class DistillTask(DenoiserTask):
     def judge(self) -> Any:
         """A copy of the student with the averaged weights, in the type that is shipped."""
         if self._judge is None:
-            made = copy.deepcopy(self._student)
-            self._judge = strip_hooks(made).to(self.run.device, self.run.half).eval().requires_grad_(False)
-        targets = dict(self._judge.named_parameters())
-        with torch.no_grad():
-            for name, source in self.state.whole_averages().items():
-                if name.startswith("student."):
-                    targets[name.removeprefix("student.")].copy_(source)
+            self._judge = self._prepared(copy.deepcopy(self._student))
+        copy_student(self.state, self._judge)
         return self._judge
+
+    def _prepared(self, copied: nn.Module) -> Any:
+        return strip_hooks(copied).to(self.run.device, self.run.half).eval().requires_grad_(False)
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
@@ -139,6 +140,15 @@ def strip_hooks(model: nn.Module) -> nn.Module:
     return model
 
 
+def copy_student(state: TrainState, target: nn.Module) -> None:
+    """Give another student the averaged weights of the one in training; frozen ones stay as they are."""
+    targets = dict(target.named_parameters())
+    with torch.no_grad():
+        for name, source in state.whole_averages().items():
+            if name.startswith("student."):
+                targets[name.removeprefix("student.")].copy_(source)
+
+
 def train_distilled(run: Run, config: DistillConfig) -> Path:
     """Both stages, then the student as ``transformer/`` and ``pipeline/``.
 
@@ -159,7 +169,7 @@ def train_distilled(run: Run, config: DistillConfig) -> Path:
             (run.output / name).unlink(missing_ok=True)
     run.accelerator.wait_for_everyone()
     gap = Gap(run.output / "gap.json")
-    _align(run, config, encoder, (student, teacher, sites), gap)
+    student = _align(run, config, encoder, (student, teacher, sites), gap)
     strip_hooks(student).requires_grad_(config.train_all)
     for site in sites:
         student.get_submodule(site.name).requires_grad_(True)
@@ -192,11 +202,12 @@ def _component(encoder: Encoder) -> str:
     return encoder.component if isinstance(encoder, StockModels) else "transformer"
 
 
-def _align(run: Run, config: DistillConfig, encoder: Encoder, models: tuple[Any, Any, Any], gap: Gap) -> None:
-    """Stage 1; leaves the averaged mixers in the student."""
-    if config.stage1_steps == 0:
-        return
+def _align(run: Run, config: DistillConfig, encoder: Encoder, models: tuple[Any, Any, Any], gap: Gap) -> Any:
+    """Stage 1; returns the student with the averaged mixers: a copy where the trained one is split."""
     student, teacher, sites = models
+    if config.stage1_steps == 0:
+        return student
+    aligned = copy.deepcopy(student).cpu() if run.fsdp else student
     output = run.output / "stage-1"
     output.mkdir(parents=True, exist_ok=True)
     own = dataclasses.replace(
@@ -218,9 +229,10 @@ def _align(run: Run, config: DistillConfig, encoder: Encoder, models: tuple[Any,
     if run.is_main and not done.is_file():
         done.write_text(json.dumps({"step": task.state.step}) + "\n", encoding="utf-8")
     task.state.gather_averages(keep=True)
-    task.state.copy_average_to(task.state.module)
+    copy_student(task.state, aligned)
     run.accelerator.free_memory()  # else the first stage's gradient hooks would answer in the second
     run.accelerator.wait_for_everyone()
+    return aligned.to(run.device)
 
 
 def _stage(
@@ -229,8 +241,10 @@ def _stage(
     """Train one stage to the end of its budget."""
     run.say(f"stage of {type(module).__name__}: {_trained(module):,} trained parameters")
     architecture = plain_config(module.student) | {"stage": type(module).__name__}
+    judge = copy.deepcopy(module.student) if run.fsdp and run.is_main else None
     state = prepare_state(run, module, _as_json(architecture))
-    task = DistillTask(run, config, encoder, state, gap)
+    task = DistillTask(run, config, encoder, state, gap, judge)
+    state.gather_averages(run.is_main)
     if run.is_main and not gap.is_known:
         gap.set(task.measure(teacher), task.measure(task.judge()))
         run.say(f"losses of the teacher and of the untrained student are in {gap._file}")

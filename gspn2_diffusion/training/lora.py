@@ -127,6 +127,7 @@ class LoraTask(DenoiserTask):
         encoder, config, state = self.encoder, self.config, self.state
         if not isinstance(encoder, FrozenModels):
             raise ConfigError("`class_data` goes with a `data` folder of pictures, not with emoji scenes")
+        state.gather_averages(self.run.is_main)
         if self.run.is_main:
             self._draw_class(folder)
         self.run.accelerator.wait_for_everyone()

@@ -68,7 +68,7 @@ class Run:
         """
         if getattr(self.accelerator, "is_fsdp2", False):
             return True
-        wanted = _flag("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION") == "2"
+        wanted = flag("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION") == "2"
         return wanted and self.device.type == "cpu" and self.world > 1
 
     def mesh(self) -> Any:
@@ -79,7 +79,7 @@ class Run:
         """``reshard_after_forward`` and whether shards lie in host memory, as accelerate was told."""
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is None:
-            return _flag("FSDP_RESHARD_AFTER_FORWARD"), _flag("FSDP_OFFLOAD_PARAMS")
+            return flag("FSDP_RESHARD_AFTER_FORWARD"), flag("FSDP_OFFLOAD_PARAMS")
         offload = plugin.cpu_offload
         offloads = offload if isinstance(offload, bool) else type(offload).__name__ == "CPUOffloadPolicy"
         return bool(plugin.reshard_after_forward), offloads
@@ -119,7 +119,8 @@ class Run:
         return torch.Generator(self.device).manual_seed(mixed)
 
 
-def _flag(name: str) -> bool:
+def flag(name: str) -> bool:
+    """Whether an environment variable of accelerate's is set to yes."""
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
@@ -137,6 +138,7 @@ def start_run(config: RunConfig, started: float) -> Run:
     torch._dynamo.config.optimize_ddp = False
     handler = DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=config.static_graph)
     trackers, missing = available_trackers(config.trackers)
+    check_launch()
     accelerator = Accelerator(
         mixed_precision="no",
         cpu=not torch.cuda.is_available(),
@@ -158,6 +160,21 @@ def start_run(config: RunConfig, started: float) -> Run:
     torch.manual_seed(config.seed)  # the same weights on all ranks; everything else has its own generator
     run.say(f"{run.world} process(es) on {_device_name(run.device)}")
     return run
+
+
+def check_launch() -> None:
+    """Raise ConfigError for ways of splitting a model that this trainer does not know."""
+    instead = "launch with configs/accelerate/fsdp2.yaml (ZeRO 3) or fsdp2-zero2.yaml (ZeRO 2)"
+    if flag("ACCELERATE_USE_DEEPSPEED"):
+        raise ConfigError(
+            "DeepSpeed's checkpoints are pickled and fit one number of GPUs only, so it is not supported; "
+            f"FSDP2 splits the same things: {instead}"
+        )
+    if flag("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ConfigError(f"FSDP of version 1 is not supported (`fsdp_version: 2` is): {instead}")
+    for name in ("ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        if flag(name):
+            raise ConfigError(f"{name} is set, but only DDP and FSDP2 are supported: {instead}")
 
 
 def available_trackers(wanted: str) -> tuple[list[str], list[str]]:

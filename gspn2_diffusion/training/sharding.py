@@ -19,10 +19,12 @@ def shard_model(module: nn.Module, mesh: Any, reshard_after_forward: bool, offlo
     """Split every repeated block, then the rest, over the processes of `mesh`, in place.
 
     A forward pass gathers one block at a time; gradients and optimiser state exist in shards only. Weights
-    stay float32: the run's autocast decides what the arithmetic uses.
+    stay as they are (float32 where they are trained): the run's autocast decides what the arithmetic uses.
+    Frozen weights are split like the others, but have no gradients and no optimiser state.
 
     Args:
-        module: on its device, uncompiled.
+        module: on its device, uncompiled. Submodules that it lists as ``held_until_backward`` stay whole
+            between the two passes, for losses that do not go through the output of the block around them.
         mesh: one-dimensional device mesh.
         reshard_after_forward: free a block's whole weights after its forward pass (least memory).
         offload: keep the shards in host memory.
@@ -34,6 +36,8 @@ def shard_model(module: nn.Module, mesh: Any, reshard_after_forward: bool, offlo
         "reshard_after_forward": reshard_after_forward,
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
     }
+    for child in getattr(module, "held_until_backward", ()):
+        fully_shard(child, **{**options, "reshard_after_forward": False})
     names = repeated_block_names(module)
     for child in module.modules():
         if type(child).__name__ in names and any(True for _ in child.parameters()):

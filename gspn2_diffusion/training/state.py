@@ -188,8 +188,6 @@ def prepare_state(run: Run, module: Any, architecture: dict[str, Any]) -> TrainS
     if run.fsdp:
         if config.optimizer != "adamw":
             raise ConfigError(f"`optimizer` is {config.optimizer!r}; with FSDP2 only adamw is allowed")
-        if not all(param.requires_grad for param in module.parameters()):
-            raise ConfigError("FSDP2 trains whole models; use DDP for adapters and for distillation")
         shard_model(module, run.mesh(), *run.fsdp_options())
     optimizer = build_optimizer(
         module,

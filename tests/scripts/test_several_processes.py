@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_models
 import tiny_pictures
 import tiny_training
 import torch
@@ -88,3 +89,67 @@ def test_another_number_of_processes_goes_on(root, ddp):
     assert forks.train("train_text_to_image", options(root, alone, **changes)) == 0
     state = json.loads((alone / "checkpoint-4" / "state.json").read_text())
     assert state["pictures"] == 4 * 8
+
+
+def both_ways(name, root, output, changes):
+    """Folders of the same training by DDP and with split weights."""
+    found = []
+    for kind, environment in (("ddp", {}), ("fsdp2", FSDP2)):
+        folder = root / f"{output}-{kind}"
+        settings = tiny_training.denoiser_options(root, folder, **changes)
+        assert forks.train_together(name, settings, 2, **environment) == [0, 0]
+        found.append(folder)
+    return found
+
+
+SHORT = {
+    "sheet_prompts": "none",
+    "trackers": "none",
+    "batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "max_train_steps": 2,
+    "final_checkpoint": True,
+}
+
+
+def test_an_adapter_on_split_weights_is_the_same(root):
+    """DreamBooth, whose class pictures rank 0 draws, with the frozen model split as well."""
+    pytest.importorskip("peft")
+    tiny_models.build_tiny_pipeline().save_pretrained(root / "base")
+    changes = {
+        **SHORT,
+        "data": root / "data",
+        "cache_dir": root / "cache",
+        "pretrained": root / "base",
+        "class_data": root / "class",
+        "class_prompt": "a rocket",
+        "class_pictures": 4,
+        "rank": 2,
+    }
+    whole, split = both_ways("train_lora", root, "lora", changes)
+    close(whole, split, "lora/pytorch_lora_weights.safetensors")
+    close(whole / "checkpoint-2", split / "checkpoint-2", "optimizer.safetensors")
+    held = load_file(split / "checkpoint-2" / "model.safetensors")
+    assert all("lora" in key for key in held)
+
+
+def test_distillation_with_split_weights_is_the_same(root):
+    pipeline = tiny_models.build_tiny_pipeline()
+    pipeline.transformer = tiny_models.tiny_transformer(mixer="softmax", num_layers=2)
+    pipeline.save_pretrained(root / "teacher")
+    changes = {
+        **SHORT,
+        "data": root / "data",
+        "cache_dir": root / "cache",
+        "pretrained": root / "teacher",
+        "stage1_steps": 2,
+        "proxy_ratio": 4,
+        "adapter_rank": 2,
+    }
+    whole, split = both_ways("distill", root, "distil", changes)
+    for folder in ("stage-1/checkpoint-2", "checkpoint-2"):
+        for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
+            close(whole / folder, split / folder, name)
+    ends = [json.loads((folder / "gap.json").read_text()) for folder in (whole, split)]
+    assert ends[0] == ends[1]
+    close(whole, split, "transformer/diffusion_pytorch_model.safetensors")

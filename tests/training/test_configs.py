@@ -4,14 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from training_forks import script
 
 from gspn2_diffusion.models.transformer_gspn2 import GSPN2Transformer2DModel
 from gspn2_diffusion.training.config import AutoencoderConfig, DenoiserConfig, parse_config, read_mapping
 from gspn2_diffusion.training.distill_config import DistillConfig
 from gspn2_diffusion.training.lora_config import LoraTrainConfig
+from gspn2_diffusion.training.runtime import check_launch, flag
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+train_text_to_image = script("train_text_to_image")
 KINDS = {
     "autoencoder": AutoencoderConfig,
     "lora": LoraTrainConfig,
@@ -39,9 +41,39 @@ def test_large_models_have_their_size(name, size):
 
 
 @pytest.mark.parametrize("file", sorted((CONFIGS / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
-def test_accelerate_reads_its_files(file):
-    from accelerate.commands.config.config_args import load_config_from_file
+def test_accelerate_launches_its_files(file, monkeypatch):
+    """What `accelerate launch` would hand to the script, by its own code."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
 
-    found = load_config_from_file(str(file))
-    assert found.num_processes >= 2
-    assert yaml.safe_load(file.read_text())["mixed_precision"] == "no"
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    arguments = launch_command_parser().parse_args(["--config_file", str(file), "train.py"])
+    arguments = _validate_launch_command(arguments)[0]
+    assert (arguments.num_machines, arguments.num_processes) == ((2, 16) if "multi" in file.stem else (1, 2))
+    for name, value in prepare_multi_gpu_env(arguments).items():
+        if name.startswith(("ACCELERATE_", "FSDP_")):
+            monkeypatch.setenv(name, value)
+    check_launch()
+    split = "fsdp2" in file.stem
+    assert flag("ACCELERATE_USE_FSDP") == split
+    assert flag("FSDP_RESHARD_AFTER_FORWARD") == (split and "zero2" not in file.stem)
+    assert not flag("FSDP_CPU_RAM_EFFICIENT_LOADING")
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed.*fsdp2.yaml"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "version 1.*fsdp_version: 2"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "MEGATRON_LM is set"),
+    ],
+)
+def test_other_ways_to_split_a_model_are_refused(environment, words, monkeypatch, tmp_path):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match=words):
+        train_text_to_image.main(
+            ["--output_dir", str(tmp_path), "--max_train_steps", "1", "--pretrained", "gspn2-emoji"]
+        )
+    assert not list(tmp_path.iterdir())
