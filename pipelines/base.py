@@ -30,6 +30,8 @@ class GSPN2PipelineBase(DenoisingPipeline, GSPN2LoraLoaderMixin):
         max_sequence_length: default number of text tokens; saved with the model.
         vae_scale_factor: pixels per latent along one side; saved with the model, so that a VAE of another
             model does not go unnoticed. By default that of ``vae``.
+        default_steps, default_guidance_scale: what a call uses that names none; saved with the model. Models
+            of few steps need their own; for all others (None) they are 20 and 4.
 
     Raises:
         ValueError: ``vae`` has another scale.
@@ -50,6 +52,8 @@ class GSPN2PipelineBase(DenoisingPipeline, GSPN2LoraLoaderMixin):
         scheduler: SchedulerMixin,
         max_sequence_length: int = 32,
         vae_scale_factor: int | None = None,
+        default_steps: int | None = None,
+        default_guidance_scale: float | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(tokenizer=tokenizer, text_encoder=text_encoder, vae=vae)
@@ -58,6 +62,8 @@ class GSPN2PipelineBase(DenoisingPipeline, GSPN2LoraLoaderMixin):
         self.register_to_config(
             max_sequence_length=max_sequence_length,
             vae_scale_factor=vae_scale_factor if vae is None else self.vae_scale_factor,
+            default_steps=default_steps,
+            default_guidance_scale=default_guidance_scale,
         )
         if vae is not None:
             self.check_scale()
@@ -90,6 +96,7 @@ class GSPN2PipelineBase(DenoisingPipeline, GSPN2LoraLoaderMixin):
     def begin_call(self, call: CallInputs, height: int, width: int) -> int:
         """Checks everything that came, and sets the state of the call; returns the number of pictures."""
         self.check_components()
+        call.fill_defaults(self.config)
         call.guidance.check()
         self._guidance, self._guidance_scale = call.guidance, float(call.guidance.scale)
         self.check_cache()

@@ -15,6 +15,9 @@ from gspn2_diffusion.pipelines.sampling import Tensors
 StepCallback = Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks
 Generators = torch.Generator | list[torch.Generator]
 
+# What a call uses that names none, with a model that has no settings of its own.
+DEFAULT_STEPS, DEFAULT_GUIDANCE_SCALE = 20, 4.0
+
 # The arguments for texts that are encoded already, in the order in which `encode_prompt` returns them.
 EMBEDS = (
     "prompt_embeds",
@@ -34,7 +37,7 @@ class CallInputs:
     negative_prompt: str | list[str] | None
     embeds: Tensors
     guidance: Guidance
-    num_inference_steps: int
+    num_inference_steps: Any  # an integer as soon as `fill_defaults` ran
     timesteps: list[int] | None
     sigmas: list[float] | None
     num_images_per_prompt: int
@@ -68,3 +71,11 @@ class CallInputs:
             self.callback_inputs = self.callback.tensor_inputs
         if isinstance(self.generator, tuple):
             self.generator = list(self.generator)
+
+    def fill_defaults(self, config: Mapping[str, Any]) -> None:
+        """Steps and guidance that the call does not name: the pipeline's own, or 20 and 4."""
+        if self.num_inference_steps is None:
+            self.num_inference_steps = config.get("default_steps") or DEFAULT_STEPS
+        if self.guidance.scale is None:
+            own = config.get("default_guidance_scale")
+            self.guidance.scale = DEFAULT_GUIDANCE_SCALE if own is None else own

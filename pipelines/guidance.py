@@ -18,7 +18,8 @@ class Guidance:
     """The guidance of one call.
 
     Attributes:
-        scale: classifier-free guidance (arXiv 2207.12598); none when <= 1.
+        scale: classifier-free guidance (arXiv 2207.12598); none when <= 1. None in a call that leaves it to
+            the model.
         interval: the fractions of the steps between which guidance is on (arXiv 2404.07724): steps ``i`` of
             ``n`` with ``start <= i / n < end``.
         rescale: 0 to 1, how far the guided prediction gets the deviation of the one with the prompt
@@ -26,7 +27,7 @@ class Guidance:
         guider: one of ``diffusers.guiders`` instead of all that, such as ``AdaptiveProjectedGuidance``.
     """
 
-    scale: float = 1.0
+    scale: Any = 1.0  # a number as soon as `CallInputs.fill_defaults` ran
     interval: tuple[float, float] = (0.0, 1.0)
     rescale: float = 0.0
     guider: Any = None

@@ -23,10 +23,10 @@ class GSPN2Pipeline(GSPN2PipelineBase):
         self,
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = "",
-        num_inference_steps: int = 20,
+        num_inference_steps: int | None = None,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
-        guidance_scale: float = 4.0,
+        guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
@@ -53,9 +53,11 @@ class GSPN2Pipeline(GSPN2PipelineBase):
         Args:
             prompt: B texts, or one. Longer ones than ``max_sequence_length`` tokens are cut with a warning.
             negative_prompt: what guidance leads away from; one for all prompts, or one each.
-            num_inference_steps: scheduler steps; each runs the denoiser once (twice for Heun).
+            num_inference_steps: scheduler steps; each runs the denoiser once (twice for Heun). By default the
+                model's ``default_steps``, or 20.
             timesteps, sigmas: an explicit schedule instead, strictly descending, sigmas in (0, 1].
-            guidance_scale: classifier-free guidance; none when <= 1.
+            guidance_scale: classifier-free guidance; none when <= 1. By default the model's
+                ``default_guidance_scale``, or 4.
             height, width: pixels, multiples of VAE scale x patch size; the training size by default.
             generator: one for all pictures in turn, or a list with one per picture (per-image seeds).
             latents: starting noise ``(B * num_images_per_prompt, C, height / f, width / f)``.
@@ -81,7 +83,9 @@ class GSPN2Pipeline(GSPN2PipelineBase):
         images = self.begin_call(call, height, width)
         device = self._execution_device
 
-        steps, count = self.prepare_timesteps(num_inference_steps, timesteps, sigmas, height, width, device)
+        steps, count = self.prepare_timesteps(
+            call.num_inference_steps, timesteps, sigmas, height, width, device
+        )
         tensors = self.encode_call(call, device)
         tensors["latents"] = self.prepare_latents(images, height, width, device, call.generator, latents)
         self.denoise(tensors, steps, count, call)

@@ -170,10 +170,14 @@ class DenoiserTask:
                 vae=self.encoder.vae,
                 transformer=model,
                 scheduler=FlowMatchEulerDiscreteScheduler(shift=self.config.sampling_shift),
-                max_sequence_length=self.config.max_text_tokens,
+                **self.pipeline_settings(),
             )
             self.pipeline.set_progress_bar_config(disable=True)
         return self.pipeline
+
+    def pipeline_settings(self) -> dict[str, Any]:
+        """What the pipeline's configuration says besides its components."""
+        return {"max_sequence_length": self.config.max_text_tokens}
 
     def sample(self, step: int) -> None:
         """A sheet of the fixed prompts, or of the first captions where there are none."""
@@ -326,13 +330,13 @@ def train_denoiser(run: Run, config: DenoiserConfig) -> Path:
         task.close()
     check_terminated(state)
     if run.is_main:
-        _finish(task, run, state)
+        write_results(task, run, state)
     run.accelerator.wait_for_everyone()
     return run.output / "pipeline"
 
 
-def _finish(task: DenoiserTask, run: Run, state: TrainState) -> None:
-    """Weights first, then what could fail without losing them."""
+def write_results(task: DenoiserTask, run: Run, state: TrainState) -> None:
+    """``transformer/``, a sheet, ``pipeline/``: weights first, then what could fail without losing them."""
     model = task.judge().to(torch.bfloat16)
     model.save_pretrained(run.output / "transformer")
     run.say(f"wrote {run.output / 'transformer'}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gspn2_diffusion.training.captions import Prefetcher, SceneWriter
+from gspn2_diffusion.training.rings import TensorRing
 from gspn2_diffusion.training.scenes import SceneBatch, compose
 from gspn2_diffusion.training.text import CaptionTokenizer, TextStates, encode_text
 
@@ -114,41 +115,32 @@ class LatentBank:
     """
 
     def __init__(self, capacity: int, sample: LatentBatch) -> None:
-        half = torch.bfloat16 if sample.latents.is_cuda else torch.float32
-        self.capacity = capacity
-        self.filled = 0
-        self._rows = {
-            name: torch.zeros((capacity, *row.shape[1:]), dtype=kind, device=row.device)
-            for name, row, kind in (
-                # float16 has the finer steps, and normalised latents lie far inside its range
-                ("latents", sample.latents, torch.float16 if sample.latents.is_cuda else torch.float32),
-                ("hidden", sample.text.hidden, half),
-                ("mask", sample.text.mask, torch.bool),
-                ("pooled", sample.text.pooled, half),
-            )
-        }
+        on_gpu = sample.latents.is_cuda
+        half = torch.bfloat16 if on_gpu else torch.float32
+        # float16 has the finer steps, and normalised latents lie far inside its range
+        latents = torch.float16 if on_gpu else torch.float32
+        kinds = {"latents": latents, "hidden": half, "mask": torch.bool, "pooled": half}
+        self._ring = TensorRing(capacity, _columns(sample), kinds)
+
+    @property
+    def filled(self) -> int:
+        """Entries written so far, at most the capacity."""
+        return self._ring.filled
 
     def write(self, start: int, batch: LatentBatch) -> None:
         """Replace the entries from `start` on, modulo the capacity, which the batch must divide."""
-        count = len(batch.latents)
-        slot = start % self.capacity
-        rows = {
-            "latents": batch.latents,
-            "hidden": batch.text.hidden,
-            "mask": batch.text.mask,
-            "pooled": batch.text.pooled,
-        }
-        for name, values in rows.items():
-            self._rows[name][slot : slot + count].copy_(values)
-        self.filled = max(self.filled, slot + count)
+        self._ring.write(start, _columns(batch))
 
     def draw(self, count: int, generator: torch.Generator) -> LatentBatch:
         """`count` random entries, with repetition; latents as float32."""
-        device = self._rows["latents"].device
-        index = torch.randint(self.filled, (count,), device=device, generator=generator)
-        picked = {name: rows.index_select(0, index) for name, rows in self._rows.items()}
+        picked = self._ring.draw(count, generator)
         text = TextStates(picked["hidden"], picked["mask"], picked["pooled"])
         return LatentBatch(picked["latents"].float(), text)
+
+
+def _columns(batch: LatentBatch) -> dict[str, Tensor]:
+    text = batch.text
+    return {"latents": batch.latents, "hidden": text.hidden, "mask": text.mask, "pooled": text.pooled}
 
 
 class LatentFeed:

@@ -9,6 +9,7 @@ from training_forks import script
 from gspn2_diffusion.models.transformer_gspn2 import GSPN2Transformer2DModel
 from gspn2_diffusion.training.config import AutoencoderConfig, DenoiserConfig, parse_config, read_mapping
 from gspn2_diffusion.training.distill_config import DistillConfig
+from gspn2_diffusion.training.few_step_config import FewStepConfig
 from gspn2_diffusion.training.lora_config import LoraTrainConfig
 from gspn2_diffusion.training.runtime import check_launch, flag
 
@@ -19,6 +20,7 @@ KINDS = {
     "lora": LoraTrainConfig,
     "dreambooth": LoraTrainConfig,
     "distill": DistillConfig,
+    "few-steps": FewStepConfig,
 }
 
 
