@@ -1,13 +1,25 @@
-"""Times whole training steps and writes benchmarks/results/training-<gpu>.json.
+"""Times whole training steps: benchmarks/results/training-<gpu>.json, which docs/training.md shows.
 
-    python benchmarks/training.py
-    torchrun --nproc_per_node 2 benchmarks/training.py --models embedded --pixels 256 --mixers gspn2
+On one GPU, about a minute each, two for the compiled ones:
+
+    python benchmarks/training.py --pixels 512 2048 --compile no       the sizes with a target
+    python benchmarks/training.py --pixels 256 1024 --compile no
+    python benchmarks/training.py --pixels 512 2048 --compile yes --models embedded
+    python benchmarks/training.py --capped                             0.6B in 9 GiB: too little for one
+
+On two, where the first line gives the speed of one:
+
+    python benchmarks/training.py --models embedded --pixels 256 --mixers gspn2 --compile no
+    torchrun --nproc_per_node 2 benchmarks/training.py --models embedded --pixels 256 \\
+        --mixers gspn2 --compile no
+    accelerate launch --config_file configs/accelerate/fsdp2.yaml benchmarks/training.py --capped
 
 Every cell is the trainer's own step (autocast, loss, backward pass, clipping, fused AdamW, averaging) on
 batches that the trainer's own feed reads from a cache on the disk; only the cached rows are random numbers.
-GSPN-2 and the same model with softmax attention alternate, so both meet the same machine. A first pass runs
-everything uncompiled, a second repeats the cells with torch.compile until ``--seconds`` are used up; what was
-left out is listed. ``--memory_gib`` caps the GPU's memory, to try what fits where.
+GSPN-2 and the same model with softmax attention alternate, so both meet the same machine; they are compared
+within one run only. No cell is begun after ``--seconds``; what was left out is said. A run replaces the rows
+that it measured again and keeps the others. ``--memory_gib`` caps the GPU's memory, to try what fits where.
+``python benchmarks/render.py`` then writes the tables.
 """
 
 from __future__ import annotations
@@ -15,122 +27,23 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import json
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from result_files import RESULTS, device_name, merge, start, write
+from training_cells import PIXELS, TEXT_TOKENS, TOKENS_IN_BATCH, CachedRows, Cell, build_model
+from training_report import KEY, summary
 
-from gspn2_diffusion.environment import describe_environment
-from gspn2_diffusion.models.transformer_gspn2 import GSPN2Transformer2DModel
-from gspn2_diffusion.training.config import DenoiserConfig, read_mapping
+from gspn2_diffusion.training.config import DenoiserConfig
 from gspn2_diffusion.training.denoiser import DenoiserTask, plain_config
 from gspn2_diffusion.training.guard import Guard
-from gspn2_diffusion.training.latents import LatentBatch
 from gspn2_diffusion.training.loop import optimise, prepare_state
-from gspn2_diffusion.training.picture_cache import Entry
-from gspn2_diffusion.training.picture_feed import BatchPlan, PictureFeed
-from gspn2_diffusion.training.rows import RowStore
 from gspn2_diffusion.training.runtime import Run, end_run, start_run
-from gspn2_diffusion.training.text import TextStates
 
-ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
-PIXELS_PER_TOKEN_SIDE = 16  # f8 latents, patch 2
-PIXELS = (512, 2048, 256, 1024)  # the two that acceptance asks for come first
-TEXT_TOKENS = {"embedded": 32, "0.6b": 300, "tiny": 8}
-TOKENS_IN_BATCH = {"embedded": 2**17, "0.6b": 2**14, "tiny": 64}
 COMPILE_SECONDS = 25  # assumed for a cell; it is not begun when less is left
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One row of the table."""
-
-    model: str
-    pixels: int
-    mixer: str
-    compiled: bool
-
-    @property
-    def tokens(self) -> int:
-        """Picture tokens."""
-        return (self.pixels // PIXELS_PER_TOKEN_SIDE) ** 2
-
-
-class CachedRows:
-    """A source of batches out of a cache that holds random rows; see `training.sources.LatentSource`."""
-
-    def __init__(self, run: Run, folder: Path, model: Any, cell: Cell, batch_size: int) -> None:
-        side = cell.pixels // PIXELS_PER_TOKEN_SIDE * model.config.patch_size
-        self._shape = (model.config.in_channels, side, side)
-        self._text = (TEXT_TOKENS[cell.model], model.config.caption_channels)
-        self._pooled = model.config.pooled_projection_dim
-        half = torch.bfloat16 if run.device.type == "cuda" else torch.float32
-        latents, texts = RowStore(folder / "latents"), RowStore(folder / "text")
-        entries = self._fill(latents, texts, max(batch_size * 2, 16), half, run.rank)
-        self.prompts: list[str] = []
-        self._empty = TextStates(
-            torch.zeros(1, *self._text, dtype=half, device=run.device),
-            torch.ones(1, self._text[0], dtype=torch.bool, device=run.device),
-            torch.zeros(1, self._pooled or 1, dtype=half, device=run.device),
-        )
-        plan = BatchPlan(entries, [self._shape] * len(entries), batch_size, run.rank)
-        self._feed = PictureFeed(plan, latents, texts, first=0, stride=1, device=run.device, depth=8)
-        self.vae = None
-
-    def _fill(
-        self, latents: RowStore, texts: RowStore, count: int, half: torch.dtype, rank: int
-    ) -> list[Entry]:
-        keys = [f"{rank}-{number}" for number in range(count)]
-        length, width = self._text
-        for key in keys:
-            latents.add(key, {"latents": torch.randn(self._shape).half()})
-            row = {"hidden": torch.randn(length, width).to(half), "mask": torch.ones(length).bool()}
-            texts.add(key, row | {"pooled": torch.randn(self._pooled or 1).to(half)})
-        for store in (latents, texts):
-            store.flush()
-            store.reload()
-        return [Entry(key, key, (key,), ("",)) for key in keys]
-
-    @property
-    def wait_seconds(self) -> float:
-        """Time spent waiting for batches."""
-        return self._feed.wait_seconds
-
-    def empty(self, device: torch.device) -> TextStates:
-        """The dropped caption."""
-        return self._empty
-
-    def draw(self, micro: int, generator: torch.Generator) -> LatentBatch:
-        """The next batch."""
-        return self._feed.next()
-
-    def fixed_sets(self) -> list[Any]:
-        """None: nothing is validated here."""
-        return []
-
-    def describe(self, step: int) -> str:
-        """For error messages."""
-        return "random rows"
-
-    def close(self) -> None:
-        """End the thread."""
-        self._feed.close()
-
-
-def build_model(cell: Cell) -> Any:
-    """The denoiser of a cell with random weights; GSPN-2 and softmax differ in the mixer alone."""
-    if cell.model == "tiny":
-        return GSPN2Transformer2DModel(
-            num_layers=2, num_attention_heads=2, attention_head_dim=8, caption_channels=16, mixer=cell.mixer
-        )
-    name = {"embedded": "gspn2-emoji", "0.6b": "gspn2-0.6b"}[cell.model]
-    shape = read_mapping(ROOT / "configs" / f"{name}-transformer.json")
-    return GSPN2Transformer2DModel.from_config({**shape, "mixer": cell.mixer})
 
 
 def measure(run: Run, cell: Cell, batch_size: int, seconds: float) -> dict[str, Any]:
@@ -222,28 +135,6 @@ def clean(run: Run) -> None:
         torch.cuda.empty_cache()
 
 
-def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How much faster GSPN-2 is than softmax attention, cell by cell, at equal batches."""
-    known = {(r["model"], r["pixels"], r["compiled"], r["mixer"]): r for r in rows if "seconds_per_step" in r}
-    found = []
-    for (model, pixels, compiled, mixer), row in known.items():
-        other = known.get((model, pixels, compiled, "softmax"))
-        if mixer != "gspn2" or other is None:
-            continue
-        speedup = row["pictures_per_second"] / other["pictures_per_second"]
-        wanted = {1024: 1.0, 16384: 1.5}.get(row["tokens"])
-        found.append(
-            {
-                "model": model,
-                "tokens": row["tokens"],
-                "compiled": compiled,
-                "speedup": speedup,
-                **({} if wanted is None else {"wanted": wanted, "met": speedup >= wanted}),
-            }
-        )
-    return found
-
-
 def plan(options: argparse.Namespace) -> list[Cell]:
     """Cells in the order in which they are measured."""
     passes = {"no": (False,), "yes": (True,), "both": (False, True)}[options.compile]
@@ -297,12 +188,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds_per_cell", type=float, default=1.5, help="time for the measured steps")
     parser.add_argument("--batch", type=int, default=None, help="pictures per GPU in every cell")
     parser.add_argument("--memory_gib", type=float, default=None, help="cap of the GPU's memory")
+    parser.add_argument("--capped", action="store_true", help="one 0.6B cell in 9 GiB: for FSDP2")
     parser.add_argument("--tiny", action="store_true", help="a tiny model at small sizes, for a CPU")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     parser.add_argument("--commit", default=None, help="commit to record where there is no git history")
     options = parser.parse_args(argv)
     if options.tiny:
         options.models, options.pixels, options.compile = ["tiny"], [32, 64], "no"
+    if options.capped:  # weights, gradients, moments and averages in float32 take 12 GB
+        options.models, options.pixels, options.compile = ["0.6b"], [256], "no"
+        options.mixers, options.batch, options.memory_gib = ["gspn2"], 4, 9.0
     return options
 
 
@@ -312,11 +207,18 @@ def cap_memory(gigabytes: float) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 2**30 / total))
 
 
-def write(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+def report(run: Run, options: argparse.Namespace, rows: list[dict[str, Any]], seconds: float) -> None:
+    """Add the rows to the file, say what follows from it."""
+    head = start(options.commit, tiny=options.tiny)
+    settings = {"processes": run.world, "fsdp2": run.fsdp, "memory_cap_gib": options.memory_gib}
+    path = options.out or RESULTS / f"training-{device_name(run.device.type)}.json"
+    merged = merge(path, head, [{**row, **settings} for row in rows], KEY)
+    found = summary(merged)
+    write(path, {**head, "rows": merged, **found, "seconds_of_last_run": seconds})
+    for name in ("comparisons", "scaling", "capped"):
+        for item in found[name]:
+            run.say(f"{name}: {item}")
+    run.say(f"wrote {path}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -332,25 +234,9 @@ def main(argv: list[str] | None = None) -> None:
             cap_memory(options.memory_gib)
         rows, skipped = run_cells(run, options)
         if run.is_main:
-            name = (
-                torch.cuda.get_device_name().replace(" ", "-").lower() if torch.cuda.is_available() else "cpu"
-            )
-            result = {
-                **describe_environment(),
-                **({"commit": options.commit} if options.commit else {}),
-                "processes": run.world,
-                "fsdp2": run.fsdp,
-                "memory_cap_gib": options.memory_gib,
-                "cells": rows,
-                "comparisons": compare(rows),
-                "skipped": skipped,
-                "seconds": time.monotonic() - started,
-            }
-            path = options.out or RESULTS / f"training-{name.replace(' ', '-').lower()}-x{run.world}.json"
-            write(path, result)
-            for row in result["comparisons"]:
-                run.say(str(row))
-            run.say(f"wrote {path}; {len(skipped)} cells were left out")
+            report(run, options, rows, time.monotonic() - started)
+            for cell in skipped:
+                run.say(f"no time was left for {cell}")
         end_run(run)
 
 
