@@ -101,6 +101,7 @@ class GSPN2Transformer2DModel(  # type: ignore[misc]
         dim = num_attention_heads * attention_head_dim
         self.inner_dim = dim
         self.patch_size = patch_size
+        self.num_cross_attention_heads = num_cross_attention_heads or num_attention_heads
         self.out_channels = in_channels if out_channels is None else out_channels
 
         self.patch_embed = nn.Linear(patch_size * patch_size * in_channels, dim)
@@ -111,7 +112,7 @@ class GSPN2Transformer2DModel(  # type: ignore[misc]
             GSPN2TransformerBlock(
                 dim,
                 num_attention_heads=num_attention_heads,
-                num_cross_attention_heads=num_cross_attention_heads or num_attention_heads,
+                num_cross_attention_heads=self.num_cross_attention_heads,
                 cross_attention_inner_dim=cross_attention_inner_dim or dim,
                 mlp_ratio=mlp_ratio,
                 mixer=name,
@@ -177,7 +178,7 @@ class GSPN2Transformer2DModel(  # type: ignore[misc]
         hidden_states = self.patch_embed(self._patchify(hidden_states)).clone()  # (B, h*w, C)
         temb, embedded = self.time_embed(timestep, pooled_projections, hidden_states.dtype)  # (B, 6C), (B, C)
         encoder_hidden_states = self.caption_norm(self.caption_projection(encoder_hidden_states))  # (B, L, C)
-        bias = _mask_to_bias(encoder_attention_mask, hidden_states.dtype)  # (B, 1, L)
+        bias = _mask_to_bias(encoder_attention_mask, self.num_cross_attention_heads, hidden_states.dtype)
 
         for block in self.transformer_blocks:
             arguments = (hidden_states, encoder_hidden_states, bias, temb, height, width)
@@ -245,6 +246,13 @@ class GSPN2Transformer2DModel(  # type: ignore[misc]
         return picture.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
-def _mask_to_bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """``(B, L)`` of 1 = keep -> additive ``(B, 1, L)`` in ``dtype``."""
-    return None if mask is None else ((1 - mask.to(dtype)) * _MASKED).unsqueeze(1)
+def _mask_to_bias(mask: torch.Tensor | None, heads: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """``(B, L)`` of 1 = keep -> additive ``(B*heads, 1, L)`` in ``dtype``.
+
+    Repeated for the heads here, once for all blocks: given ``(B, 1, L)``, diffusers' attention would repeat it
+    with ``repeat_interleave``, for which torch 2.11 compiles one batch size only.
+    """
+    if mask is None:
+        return None
+    bias = (1 - mask.to(dtype)) * _MASKED  # (B, L)
+    return bias[:, None, None].expand(-1, heads, -1, -1).flatten(0, 1)

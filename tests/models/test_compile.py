@@ -70,8 +70,9 @@ def test_one_graph_for_all_sizes(operator_on_cpu: None) -> None:
         for size, sample in zip(SIZES, expected, strict=True):
             torch.testing.assert_close(compiled(**make_inputs(*size)).sample, sample)
     assert len(counter.graphs) == 1
-    scans = [node for node in counter.graphs[0].graph.nodes if "line_scan" in str(node.target)]
-    assert len(scans) == 1  # one operator, no unrolled lines
+    targets = [str(node.target) for node in counter.graphs[0].graph.nodes]
+    assert sum("line_scan" in target for target in targets) == 1  # one operator, no unrolled lines
+    assert not any("repeat_interleave" in target for target in targets)  # fixes the batch size in torch 2.11
 
 
 @pytest.mark.slow
