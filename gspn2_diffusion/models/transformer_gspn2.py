@@ -249,8 +249,8 @@ class GSPN2Transformer2DModel(  # type: ignore[misc]
 def _mask_to_bias(mask: torch.Tensor | None, heads: int, dtype: torch.dtype) -> torch.Tensor | None:
     """``(B, L)`` of 1 = keep -> additive ``(B*heads, 1, L)`` in ``dtype``.
 
-    Repeated for the heads here, once for all blocks: given ``(B, 1, L)``, diffusers' attention would repeat it
-    with ``repeat_interleave``, for which torch 2.11 compiles one batch size only.
+    Repeated for the heads here, once for all blocks: diffusers' attention would repeat ``(B, 1, L)`` with
+    ``repeat_interleave``, for which torch 2.11 compiles one batch size only.
     """
     if mask is None:
         return None
