@@ -27,16 +27,20 @@ from gspn2_diffusion.webapp.records import Record, Store
 from gspn2_diffusion.webapp.restore import Restored, restore
 from gspn2_diffusion.webapp.samplers import SCHEDULERS, scheduler_name
 from gspn2_diffusion.webapp.vocabulary import (
+    ASPECTS,
     Vocabulary,
+    aspect_size,
     base_size,
     compose_prompt,
     layer_count,
     split_prompt,
     vocabulary_of,
 )
-from gspn2_diffusion.webapp.waiting import Running
+from gspn2_diffusion.webapp.waiting import Once, Running
 
 REFINEMENT = 0.35  # of an enlarged picture is drawn anew
+
+STOPPING = "Stopping."
 
 # The controls of the page and the arguments of /generate, in this order.
 FORM = (
@@ -65,6 +69,7 @@ class App:
         self.limits = limits
         self.store = Store()
         self.running = Running()
+        self.once = Once()
         self.shelf = engine.shelf
         known = [vocabulary_of(name) for name in self.shelf.models]
         # The chips on the page; models that have no such words do without them.
@@ -76,6 +81,12 @@ class App:
     def has_chips(self, model: str) -> bool:
         """Whether a model knows the words of the chips."""
         return bool(vocabulary_of(model or self.shelf.first).styles)
+
+    def aspects(self) -> dict[str, tuple[int, int]]:
+        """Width and height of each shape on offer."""
+        low = self.limits.min_side
+        found = {aspect: aspect_size(aspect, self.base, self.limits.side) for aspect in ASPECTS}
+        return {aspect: (max(width, low), max(height, low)) for aspect, (width, height) in found.items()}
 
     def request(self, prompt: Any, style: Any, background: Any, **values: Any) -> DrawRequest:
         """Checks everything; chips become words of the prompt.
@@ -165,7 +176,7 @@ class App:
 
     def stop(self, visitor: Hashable) -> str:
         """Stops everything ``visitor`` has asked for."""
-        return "Stopping." if self.running.stop(visitor) else "Nothing is running."
+        return STOPPING if self.running.stop(visitor) else "Nothing is running."
 
     def info(self) -> dict[str, Any]:
         """Model, backend, limits and words, for programs."""
@@ -270,6 +281,13 @@ def progress_line(event: Waiting | Progress) -> tuple[str, float | None]:
     which = f"Picture {event.number + 1} of {event.count}: " if event.count > 1 else ""
     done = (event.number + event.done / event.total) / event.count
     return f"{which}{event.done}/{event.total}, {duration(event.seconds_left)} left", done
+
+
+def ending_line(drawn: int, wanted: int) -> str:
+    """The last word about a request for ``wanted`` pictures."""
+    if drawn == wanted:
+        return "Done" if wanted == 1 else f"Done: {drawn} pictures"
+    return f"Stopped after {drawn} of {wanted}" if wanted > 1 else "Stopped"
 
 
 def duration(seconds: float) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +13,7 @@ from gspn2_diffusion.cli import defaults
 from gspn2_diffusion.webapp import api
 from gspn2_diffusion.webapp.engine import Progress, Waiting
 from gspn2_diffusion.webapp.errors import AppError
-from gspn2_diffusion.webapp.handlers import FORM, App, progress_line
+from gspn2_diffusion.webapp.handlers import FORM, STOPPING, App, ending_line, progress_line
 from gspn2_diffusion.webapp.limits import (
     MAX_GUIDANCE,
     MAX_LORA_WEIGHT,
@@ -35,7 +37,7 @@ from gspn2_diffusion.webapp.records import (
 )
 from gspn2_diffusion.webapp.restore import Restored, from_settings
 from gspn2_diffusion.webapp.samplers import SCHEDULERS
-from gspn2_diffusion.webapp.vocabulary import ASPECTS, aspect_size
+from gspn2_diffusion.webapp.vocabulary import ASPECTS
 
 FREE = "free"
 
@@ -208,12 +210,16 @@ class Page:
 
     def _connect(self) -> None:
         self._connect_drawing()
-        form, sizes = self.form, [self.form["width"], self.form["height"]]
-        self.aspect.input(self._on_aspect, self.aspect, sizes, queue=False, **QUIET)
+        app, form, sizes = self.app, self.form, [self.form["width"], self.form["height"]]
+        # In the browser: an answer of the server could come after the next click.
+        resize = f"(aspect, width, height) => ({json.dumps(app.aspects())})[aspect] ?? [width, height]"
+        self.aspect.input(None, [self.aspect, *sizes], sizes, js=resize, **QUIET)
         for size in sizes:
-            size.input(lambda: FREE, None, self.aspect, queue=False, **QUIET)
+            size.input(None, None, self.aspect, js=f"() => {json.dumps(FREE)}", **QUIET)
         chips = [form["style"], form["background"]]
-        form["model"].input(self._on_model, form["model"], chips, queue=False, **QUIET)
+        form["model"].input(
+            self._on_model, form["model"], chips, queue=False, trigger_mode="always_last", **QUIET
+        )
         filled = [*self.inputs, self.random, self.aspect, self.status]
         self.reuse.click(self._on_reuse, [self.chosen, *self.inputs], filled, **QUIET)
         self.drop.upload(self._on_drop, [self.drop, *self.inputs], filled, **QUIET)
@@ -226,8 +232,8 @@ class Page:
 
     def _connect_drawing(self) -> None:
         drawn = [self.stage, self.status, self.gallery, self.history, self.head]
-        # No limit here: the engine keeps the line, so that it can tell positions.
-        options: dict[str, Any] = {"concurrency_limit": None, "trigger_mode": "once", **QUIET}
+        # No limit here: the engine keeps the line, so that it can tell positions, and `Once` drops clicks.
+        options: dict[str, Any] = {"concurrency_limit": None, "trigger_mode": "multiple", **QUIET}
         self.generate.click(
             self._on_generate,
             [*self.inputs, *self.source.inputs, self.random, self.history],
@@ -235,13 +241,19 @@ class Page:
             **options,
         )
         self.enlarge.click(self._on_enlarge, [self.chosen, self.history], drawn, **options)
+        # Said before the server is asked: its answer could come after the last word of what it stops.
+        stopping = f"() => {json.dumps(status_html(STOPPING))}"
+        self.stop.click(None, None, self.status, js=stopping, **QUIET)
         self.stop.click(self._on_stop, None, self.status, queue=False, **QUIET)
 
     def _connect_results(self) -> None:
         inside = self.inside
         shown = [self.chosen, self.stage, self.panel, self.details, self.download, self.pair, self.slider]
         shown += [self.differences, inside.map, inside.step, inside.text, inside.point]
-        self.gallery.select(self._on_select, [self.history, self.chosen], shown, **QUIET)
+        # "multiple": of two quick clicks the second one counts
+        self.gallery.select(
+            self._on_select, [self.history, self.chosen], shown, trigger_mode="multiple", **QUIET
+        )
         inside.connect(self.app, self.chosen, self.status)
 
     def _connect_source(self) -> None:
@@ -273,8 +285,8 @@ class Page:
             checked = self.app.request(**wish, **self.source.wish(*source[:count]))
         except AppError as error:
             raise refuse(error) from None
-        yield {self.status: status_html("Starting", 0.0), self.form["seed"]: checked.seed}
-        yield from self._draw(request.session_hash, checked, history)
+        first = {self.form["seed"]: checked.seed}
+        yield from self._draw("generate", request.session_hash, checked, history, first)
 
     def _on_enlarge(
         self, chosen: list[Record], history: list[Record], request: gr.Request
@@ -285,28 +297,43 @@ class Page:
             checked = self.app.enlarged(chosen[0])
         except AppError as error:
             raise refuse(error) from None
-        yield {self.status: status_html("Starting", 0.0)}
-        yield from self._draw(request.session_hash, checked, history)
+        yield from self._draw("enlarge", request.session_hash, checked, history, {})
 
-    def _draw(self, visitor: Any, checked: DrawRequest, history: list[Record]) -> Iterator[dict[Any, Any]]:
-        """Draws, with updates of what shows it."""
+    def _draw(
+        self, button: str, visitor: Any, checked: DrawRequest, history: list[Record], first: dict[Any, Any]
+    ) -> Iterator[dict[Any, Any]]:
+        """Draws, with updates of what shows it; nothing while the button's last click is served.
+
+        Args:
+            first: what else to update at the start.
+        """
         total = 0
-        events = self.app.draw(visitor, checked)
-        try:
-            for event in shown_iterator(events):
-                if isinstance(event, (Waiting, Progress)):
-                    yield self._step(event)
-                elif isinstance(event, Record):
-                    history, total = add_record(history, event), total + 1
-                    yield {
-                        self.stage: picture_html(event.data_uri, event.caption),
-                        self.gallery: gr.Gallery(gallery_items(history), visible=True),
-                        self.history: history,
-                        self.head: self._head_html(),
-                    }
-        finally:
-            events.close()
-        yield {self.status: status_html(_ending(total, checked.count))}
+        drawing = contextlib.closing(self.app.draw(visitor, checked))
+        with self.app.once.hold((button, visitor)) as free, drawing as events:
+            if not free:
+                yield {self.status: gr.skip()}
+                return
+            yield {self.status: status_html("Starting", 0.0), **first}
+            try:
+                for event in shown_iterator(events):
+                    if isinstance(event, (Waiting, Progress)):
+                        yield self._step(event)
+                    elif isinstance(event, Record):
+                        total += 1
+                        history[:] = add_record(history, event)  # the other button may be adding as well
+                        yield self._finished(event, history)
+            except gr.Error:
+                yield {self.status: status_html("")}
+                raise
+        yield {self.status: status_html(ending_line(total, checked.count))}
+
+    def _finished(self, record: Record, history: list[Record]) -> dict[Any, Any]:
+        return {
+            self.stage: picture_html(record.data_uri, record.caption),
+            self.gallery: gr.Gallery(gallery_items(history), visible=True),
+            self.history: history,
+            self.head: self._head_html(),
+        }
 
     def _step(self, event: Waiting | Progress) -> dict[Any, Any]:
         updates: dict[Any, Any] = {self.status: status_html(*progress_line(event))}
@@ -314,18 +341,13 @@ class Page:
             updates[self.stage] = picture_html(data_uri(event.preview), "preview")
         return updates
 
-    def _on_stop(self, request: gr.Request) -> str:
-        return status_html(self.app.stop(request.session_hash))
+    def _on_stop(self, request: gr.Request) -> Any:
+        """What runs says itself that it has stopped."""
+        told = self.app.stop(request.session_hash)
+        return gr.skip() if told == STOPPING else status_html(told)
 
     def _on_unload(self, request: gr.Request) -> None:
         self.app.stop(request.session_hash)
-
-    def _on_aspect(self, aspect: str) -> tuple[Any, Any]:
-        if aspect == FREE:
-            return gr.skip(), gr.skip()
-        width, height = aspect_size(aspect, self.app.base, self.app.limits.side)
-        low = self.app.limits.min_side
-        return max(width, low), max(height, low)
 
     def _on_select(self, history: list[Record], chosen: list[Record], event: gr.SelectData) -> dict[Any, Any]:
         index = event.index if isinstance(event.index, int) else 0
@@ -370,9 +392,3 @@ class Page:
         keeps_seed = found.seed is None or values["seed"] != found.seed
         controls = [values.get(name, gr.skip()) for name in FORM]
         return (*controls, keeps_seed, FREE, status_html(text))
-
-
-def _ending(drawn: int, wanted: int) -> str:
-    if drawn == wanted:
-        return "Done" if wanted == 1 else f"Done: {drawn} pictures"
-    return f"Stopped after {drawn} of {wanted}" if wanted > 1 else "Stopped"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 
 from gspn2_diffusion.webapp.errors import AppError
 
@@ -82,3 +83,27 @@ class Running:
         for signal in signals:
             signal.set()
         return len(signals)
+
+
+class Once:
+    """Lets a second click on a button do nothing while the first one is served.
+
+    Gradio can do this in the browser, but there a click is still lost a moment after the page said "Done".
+    """
+
+    def __init__(self) -> None:
+        self._held: set[Hashable] = set()
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def hold(self, key: Hashable) -> Iterator[bool]:
+        """Gives True, and holds ``key`` until the block ends; False if somebody holds it."""
+        with self._lock:
+            free = key not in self._held
+            self._held.add(key)
+        try:
+            yield free
+        finally:
+            if free:
+                with self._lock:
+                    self._held.discard(key)

@@ -12,7 +12,7 @@ from tiny_models import build_tiny_pipeline
 from gspn2_diffusion.webapp.limits import Limits
 
 sys.path.insert(0, str(Path(__file__).parent))
-LIMITS = Limits(side=128, min_side=16, steps=400, count=3, queue=3)
+LIMITS = Limits(side=128, min_side=16, steps=4000, count=3, queue=3)
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from gspn2_diffusion.webapp.records import HISTORY, Record, Store, details_html,
 from gspn2_diffusion.webapp.restore import restore
 from gspn2_diffusion.webapp.samplers import SCHEDULERS, build_scheduler, scheduler_name
 from gspn2_diffusion.webapp.vocabulary import EMOJI, aspect_size, compose_prompt, split_prompt
-from gspn2_diffusion.webapp.waiting import Line, Running
+from gspn2_diffusion.webapp.waiting import Line, Once, Running
 
 LIMITS = Limits(side=256, steps=20, count=4, queue=2)
 WISH: dict[str, Any] = {
@@ -188,6 +188,22 @@ def test_stop_reaches_only_its_visitor() -> None:
     assert not other.is_set()
     running.end("me", mine)
     assert running.stop("me") == 0
+
+
+def test_a_second_click_does_nothing_until_the_first_is_served() -> None:
+    once = Once()
+    with once.hold("mine") as first, once.hold("yours") as other:
+        assert first
+        assert other
+        with once.hold("mine") as second:
+            assert not second
+        with once.hold("mine") as third:  # what was refused has not let go
+            assert not third
+    with pytest.raises(RuntimeError), once.hold("mine") as again:
+        assert again
+        raise RuntimeError
+    with once.hold("mine") as after:
+        assert after
 
 
 def test_unexpected_errors_become_one_sentence(caplog: pytest.LogCaptureFixture) -> None:
