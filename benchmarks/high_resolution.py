@@ -2,17 +2,19 @@
 
     python benchmarks/high_resolution.py                         256 to 16384 px on a GPU, within 60 GB
     python benchmarks/high_resolution.py --quick                 up to 4096 px, within 12 GB; under 2 minutes
+    python benchmarks/high_resolution.py --sizes 8192 --memory 60GB    each size can be a run of its own
     python benchmarks/high_resolution.py --device cpu --sizes 1024 --memory 6GB --threads 2
 
 Pictures go to --pictures (a folder); those above 2048 px also as a small copy, which is what a document can
-show. Peak memory is that of the allocator on a GPU, of the whole process on a CPU; the plan stands beside it.
+show. Peak memory is that of the allocator on a GPU, of the whole process so far on a CPU; the plan stands
+beside it. A run replaces the sizes that it drew again and keeps the others; ``python benchmarks/render.py``
+writes the table.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import resource
 import statistics
 import sys
@@ -21,10 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from result_files import RESULTS, device_name, merge, start, write
 
-from gspn2_diffusion.environment import describe_environment
-
-RESULTS = Path(__file__).parent / "results"
 SIZES = (256, 512, 1024, 2048, 4096, 8192, 16384)
 QUICK = (256, 1024, 4096)
 PROMPT = "a red apple, flat style, on a blue background"
@@ -58,6 +58,7 @@ def draw(pipe: Any, size: int, options: argparse.Namespace, device: torch.device
     start = time.perf_counter()
     result = pipe(
         options.prompt,
+        image=options.start_picture,
         height=size,
         width=size,
         strength=options.strength,
@@ -79,7 +80,7 @@ def draw(pipe: Any, size: int, options: argparse.Namespace, device: torch.device
         "plan": str(result.plan),
         "planned_bytes": result.plan.peak,
         "sizes": result.sizes,
-        "steps": len(marks),
+        "steps_run": len(marks),
         "seconds_per_step_at_full_size": statistics.median(final_steps) if final_steps else None,
         "decode_and_write_seconds": finishing,
         "file_bytes": path.stat().st_size,
@@ -88,6 +89,15 @@ def draw(pipe: Any, size: int, options: argparse.Namespace, device: torch.device
     if limit:
         row |= {"limits": limit, "met": seconds < limit[0] and row["peak_bytes"] < limit[1]}
     return row
+
+
+def read_picture(path: Path) -> Any:
+    """A picture to start from."""
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        picture.load()
+        return picture
 
 
 def small_copy(path: Path, size: int) -> None:
@@ -118,6 +128,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
     parser.add_argument("--model", default="gspn2-emoji")
     parser.add_argument("--pictures", type=Path, default=Path("high-resolution"))
+    parser.add_argument("--start", type=Path, help="enlarge this picture instead of drawing one")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--commit", help="commit to record where there is no git history")
     options = parser.parse_args()
@@ -129,6 +140,7 @@ def main() -> None:
     options.memory = options.memory or (
         "12GB" if options.quick else "60GB" if device.type == "cuda" else None
     )
+    options.start_picture = read_picture(options.start) if options.start else None
     options.pictures.mkdir(parents=True, exist_ok=True)
 
     from gspn2_diffusion import GSPN2SuperResPipeline
@@ -139,27 +151,18 @@ def main() -> None:
     if device.type == "cuda":  # kernels are compiled and libraries loaded before the clock runs
         pipe(options.prompt, height=512, width=512, num_inference_steps=2)
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    out = options.out or RESULTS / f"high-resolution-{name.replace(' ', '-').lower()}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = options.out or RESULTS / f"high-resolution-{device_name(options.device)}.json"
+    head = start(options.commit, tiny=False, dtype=str(dtype).removeprefix("torch."))
+    settings = {key: getattr(options, key) for key in ("prompt", "strength", "steps", "seed", "memory")}
+    settings |= {"threads": torch.get_num_threads(), "started_from": options.start and options.start.name}
     rows: list[dict[str, Any]] = []
     for size in options.sizes or (QUICK if options.quick else SIZES):
-        rows.append(draw(pipe, size, options, device))
+        rows.append({**draw(pipe, size, options, device), **settings})
         print(rows[-1], flush=True)
         if size > 2 * SMALL:
             small_copy(options.pictures / f"{size}.png", size)
-        settings = {key: getattr(options, key) for key in ("prompt", "strength", "steps", "seed", "memory")}
-        result = {
-            **describe_environment(),
-            **({"commit": options.commit} if options.commit else {}),
-            "dtype": str(dtype),
-            "threads": torch.get_num_threads(),
-            **settings,
-            "rows": rows,
-        }
-        temporary = out.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        temporary.replace(out)
+        merged = merge(out, head, rows, ("pixels",))
+        write(out, {**head, "rows": sorted(merged, key=lambda row: row["pixels"])})
     print(f"wrote {out}")
     if any(row.get("met") is False for row in rows):
         print("over the limits: " + ", ".join(str(row["pixels"]) for row in rows if row.get("met") is False))

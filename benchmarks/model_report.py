@@ -6,6 +6,7 @@ import math
 from typing import Any
 from xml.sax.saxutils import escape
 
+KEY = ("family", "pixels", "variant", "mode")
 COLOURS = {"attention": "#c0392b", "gspn2": "#2471a3", "none": "#7f8c8d"}
 _WIDTH, _HEIGHT, _LEFT, _TOP = 300, 240, 56, 34
 
@@ -19,11 +20,11 @@ def _times(result: dict[str, Any]) -> dict[tuple[str, str], dict[str, dict[int, 
     return found
 
 
-def table(result: dict[str, Any]) -> str:
+def render(result: dict[str, Any]) -> str:
     """Markdown: milliseconds (and peak GB) of every variant, and the two ratios."""
     lines = [
-        f"{result['gpu']}, torch {result['torch']}, {result['dtype']}, commit {result['commit']}, "
-        f"{result['date']}; milliseconds of one denoiser call (peak GB)",
+        f"{result['gpu']}, torch {result['torch']}, {result['dtype'].removeprefix('torch.')}, commit "
+        f"{result['commit'][:8]}; milliseconds of one denoiser call (peak GB).",
         "",
         "| model | pixels | mode | attention | GSPN-2 | no mixer | over no mixer | faster than attention |",
         "|---|---|---|---|---|---|---|---|",
@@ -34,9 +35,9 @@ def table(result: dict[str, Any]) -> str:
             cells = [_cell(variants.get(name, {}).get(pixels)) for name in COLOURS]
             ratio = ratios.get((family, pixels, mode), {})
             over = f"{ratio['over_none']:.2f}" if "over_none" in ratio else ""
-            faster = f"{ratio['speedup']:.1f}" if "speedup" in ratio else ""
+            faster = f"{ratio['speedup']:.1f}x" if "speedup" in ratio else ""
             lines.append(f"| {' | '.join([family, str(pixels), mode, *cells, over, faster])} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def _cell(row: dict[str, Any] | None) -> str:

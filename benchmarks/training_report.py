@@ -11,6 +11,7 @@ KEY = ("model", "pixels", "mixer", "compiled", "processes", "fsdp2", "memory_cap
 SPEEDUPS = {1024: 1.0, 16384: 1.5}  # tokens -> how much faster than softmax attention
 DATA_WAIT = 0.05
 SCALING = 1.85
+GAP_CLOSED = 0.8
 
 
 def _plain(row: Row) -> bool:
@@ -154,3 +155,21 @@ def _capped_table(rows: list[Row]) -> list[str]:
             f"{split}{used} on {row['processes']} GPUs |"
         )
     return lines
+
+
+def distillation(result: Row) -> str:
+    """Markdown of a result of ``distillation.py``."""
+    lines = [
+        f"{result['gpu']}, torch {result['torch']}, commit {result['rows'][-1]['commit'][:8]}.",
+        "",
+        "| minutes | validation on | teacher | stage 0 | gap closed |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        for name, share in row["gap_closed"].items():
+            teacher, untrained = (row["ends"][end][f"val_{name}"] for end in ("teacher", "untrained"))
+            lines.append(
+                f"| {row['seconds'] / 60:.1f} | {name.replace('_', ' ')} | {teacher:.4f} | {untrained:.4f} | "
+                f"{share:.1%} |"
+            )
+    return "\n".join(lines)

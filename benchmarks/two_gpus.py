@@ -1,6 +1,7 @@
-"""One denoising step of a large picture on one GPU and on several; writes benchmarks/results.
+"""One denoising step of a large picture on one GPU and on several; adds to benchmarks/results.
 
     torchrun --nproc-per-node 2 benchmarks/two_gpus.py                 0.6B model, 8192 px, under 1 minute
+    torchrun --nproc-per-node 2 benchmarks/two_gpus.py --pixels 4096   another size, another row
     torchrun --nproc-per-node 2 benchmarks/two_gpus.py --tiny --device cpu --out /tmp/out.json
 
 Every rank first runs the whole step alone, then its share; the results are compared.
@@ -20,11 +21,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from model_families import FAMILIES, build, make_inputs, tiny
+from result_files import RESULTS, device_name, merge, start, write
 
-from gspn2_diffusion.environment import describe_environment
 from gspn2_diffusion.models.sharding import shard_rows, unshard_rows
 
-RESULTS = Path(__file__).parent / "results"
 AT_LEAST = 1.6  # times faster on two
 TOLERANCE = 2e-2  # relative, of bfloat16
 
@@ -83,9 +83,7 @@ def main() -> None:
         unshard_rows(model)
     error = ((shared.float() - alone.float()).norm() / alone.float().norm()).item()
     if dist.get_rank() == 0:
-        result = {
-            **describe_environment(),
-            **({"commit": options.commit} if options.commit else {}),
+        row = {
             "ranks": dist.get_world_size(),
             "pixels": pixels,
             "one_ms": alone_ms,
@@ -98,13 +96,10 @@ def main() -> None:
             "all_peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
             "met": alone_ms / shared_ms >= AT_LEAST and error <= TOLERANCE,
         }
-        gpu = torch.cuda.get_device_name().replace(" ", "-").lower() if cuda else "cpu"
-        out = options.out or RESULTS / f"several-gpus-{gpu}.json"
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        temporary.replace(out)
-        print(json.dumps(result, indent=1))
+        head = start(options.commit, tiny=options.tiny)
+        out = options.out or RESULTS / f"several-gpus-{device_name(options.device)}.json"
+        write(out, {**head, "rows": merge(out, head, [row], ("pixels", "ranks"))})
+        print(json.dumps(row, indent=1))
     dist.destroy_process_group()
 
 

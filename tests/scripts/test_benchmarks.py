@@ -1,0 +1,135 @@
+"""The benchmark programs, in small on a CPU: they run, runs add up, documents show what they wrote."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_models
+import tiny_pictures
+import tiny_training
+from PIL import Image
+from training_forks import script
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import render
+import size_report
+
+
+def run(name, monkeypatch, *options):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, options)])
+    importlib.import_module(name).main()
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_documents_show_the_results_that_are_committed():
+    assert render.main(["--check"]) == 0
+
+
+def test_marked_parts_are_written_and_nothing_else(tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    row = {"pixels": 8, "error": 0.5, "error_of_means": 0.25}
+    rows = [{**row, "balanced": False}, {**row, "balanced": True, "error": 0.125}]
+    (results / "scan-balance.json").write_text(json.dumps({"rows": rows}))
+    end = "<!-- end of the measurements -->"
+    text = f"a\n<!-- measured: results/scan-balance.json -->\nold\n{end}\nb\n"
+    text += (
+        f"<!-- measured: results/models-x.json -->\n{end}\n<!-- measured: results/mine.json -->\nc\n{end}\n"
+    )
+    found = render.rendered(text, tmp_path)
+    assert "| 8 | 0.500 | 0.125 | 0.250 | 0.250 |" in found
+    assert "old" not in found
+    assert f"models-x.json -->\n{render.MISSING}\n{end}" in found
+    assert f"mine.json -->\nc\n{end}" in found
+    assert render.rendered(found, tmp_path) == found
+
+
+def test_models_are_compared_over_several_runs(tmp_path, monkeypatch):
+    out = tmp_path / "models.json"
+    common = ["--tiny", "--device", "cpu", "--families", "pixart", "--modes", "eager", "--out", out]
+    run("models", monkeypatch, *common, "--sizes", 64, "--variants", "gspn2", "none")
+    (alone,) = read(out)["comparisons"]
+    assert (alone["complete"], alone["one_run"], alone["pixels"]) == (False, True, 64)
+    run("models", monkeypatch, *common, "--sizes", 64, "--variants", "attention", "--commit", "other")
+    result = read(out)
+    assert [row["variant"] for row in result["rows"]] == ["gspn2", "none", "attention"]
+    (whole,) = result["comparisons"]
+    assert whole["complete"]
+    assert whole["speedup"] == pytest.approx(result["rows"][2]["ms"] / result["rows"][0]["ms"])
+    assert result["rows"][2]["commit"] == "other"
+    assert "<polyline" in out.with_suffix(".svg").read_text()
+    table = importlib.import_module("model_report").render(result)
+    assert f"| pixart | 64 | eager | {result['rows'][2]['ms']:.1f} |" in table
+
+
+def test_minutes_of_attention_are_compared_with_compiled_rows():
+    models = importlib.import_module("models")
+    row = {"family": "sdxl", "pixels": 16384, "finite": True, "peak_bytes": 40e9, "run": "a"}
+    rows = [
+        {**row, "variant": "gspn2", "mode": "compiled", "ms": 6000.0},
+        {**row, "variant": "none", "mode": "compiled", "ms": 5000.0},
+        {**row, "variant": "attention", "mode": "eager", "ms": 120000.0, "run": "b"},
+    ]
+    (found,) = models.compare(rows, [models.FAMILIES["sdxl"]])
+    assert (found["over_none"], found["speedup"], found["met"]) == (1.2, 20.0, False)
+    assert not found["one_run"]
+    rows[0]["ms"] = 5500.0
+    assert models.compare(rows, [models.FAMILIES["sdxl"]])[0]["met"]
+
+
+def test_sizes_are_drawn_in_several_runs(tmp_path, monkeypatch):
+    tiny_models.build_tiny_pipeline().save_pretrained(tmp_path / "model")
+    out = tmp_path / "sizes.json"
+    common = ["--device", "cpu", "--model", tmp_path / "model", "--steps", 4, "--out", out]
+    common += ["--pictures", tmp_path, "--prompt", "a red apple"]
+    run("high_resolution", monkeypatch, *common, "--sizes", 32, 16)
+    run("high_resolution", monkeypatch, *common, "--sizes", 64, "--start", tmp_path / "32.png")
+    rows = read(out)["rows"]
+    assert [row["pixels"] for row in rows] == [16, 32, 64]
+    assert [row["steps_run"] for row in rows] == [4, 6, 2]  # drawn; drawn and refined; refined only
+    with Image.open(tmp_path / "64.png") as picture:
+        assert picture.size == (64, 64)
+    assert "| 64, refined from 32.png | " in size_report.sizes(read(out))
+
+
+def test_one_picture_on_several_gpus_is_reported(tmp_path, monkeypatch):
+    for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", 29713)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    out = tmp_path / "several.json"
+    run("two_gpus", monkeypatch, "--tiny", "--device", "cpu", "--repeats", 1, "--out", out)
+    (row,) = read(out)["rows"]
+    assert row["relative_error"] < 1e-5
+    assert f"| {row['pixels']} | {row['one_ms']:.1f} | 1 |" in size_report.several_gpus(read(out))
+
+
+def test_distillation_reports_the_gap(tmp_path, monkeypatch):
+    """Both trainings in this process, which is faster, with settings that make them tiny."""
+    distillation = importlib.import_module("distillation")
+    tiny_pictures.write_folder(tmp_path / "data", count=20, size=(16, 16))
+    tiny_training.write_models(tmp_path / "models")
+
+    def launch(name, options, more):
+        script(name).main([*tiny_training.options(options), *more])
+        return 30.0
+
+    monkeypatch.setattr(distillation, "launch", launch)
+    tiny = tiny_training.denoiser_options(tmp_path, tmp_path / "unused", max_train_steps=6)
+    dropped = ("--output_dir", "--data", "--pretrained", "--max_train_minutes")
+    pairs = [pair for pair in zip(tiny[::2], tiny[1::2], strict=True) if pair[0] not in dropped]
+    more = [word for pair in pairs for word in pair]
+    more += ["--sheet_prompts", "none", "--curated", "no", "--optimizer", "adamw"]
+    out = tmp_path / "result.json"
+    own = ["--data", tmp_path / "data", "--pretrained", tmp_path / "models", "--work", tmp_path / "work"]
+    own += ["--stage1_minutes", 0.01, "--device", "cpu", "--out", out]
+    distillation.main([*map(str, own), "--", *more])
+    (row,) = read(out)["rows"]
+    assert set(row["gap_closed"]) <= {"train", "held_out"}
+    assert row["met"] == (min(row["gap_closed"].values()) >= 0.8)
+    assert (row["seconds"], row["teacher_seconds"]) == (30.0, 30.0)
+    assert "| 0.5 | " in importlib.import_module("training_report").distillation(read(out))
