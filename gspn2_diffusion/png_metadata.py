@@ -245,7 +245,7 @@ def read_text(path: str | os.PathLike[str]) -> dict[str, str]:
     """All text chunks of a PNG by key; of a JPEG or WebP the two texts in its EXIF, if any.
 
     Raises:
-        MetadataError: no such picture, a damaged one, or its text is larger than Pillow's safety limit.
+        MetadataError: no such picture, a damaged one, or pixels or text beyond Pillow's safety limits.
         OSError: the file cannot be opened.
     """
     from PIL import Image, UnidentifiedImageError
@@ -259,8 +259,13 @@ def read_text(path: str | os.PathLike[str]) -> dict[str, str]:
                 return _exif_text(image.getexif())
         except UnidentifiedImageError:
             raise MetadataError(f"{os.fspath(path)!r} is not a PNG, JPEG or WebP picture") from None
-        except (SyntaxError, ValueError, OSError, Image.DecompressionBombError) as error:
-            # Pillow's ways to say: broken chunk, too much text, cut off, too many pixels
+        except Image.DecompressionBombError:
+            most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
+            raise MetadataError(
+                f"{os.fspath(path)!r} is not opened: it says it has more than {most} megapixels"
+            ) from None
+        except (SyntaxError, ValueError, OSError) as error:
+            # Pillow's ways to say: broken chunk, too much text, cut off
             raise MetadataError(f"{os.fspath(path)!r} cannot be read: {error}") from None
 
 

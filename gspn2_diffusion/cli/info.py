@@ -63,5 +63,7 @@ def read_any(picture: Path) -> tuple[str, dict[str, Any]]:
     except OSError as error:
         raise CliError(f"{str(picture)!r} cannot be read: {error.strerror or describe(error)}") from error
     except ValueError as error:
-        raise CliError(f"{str(picture)!r}: {describe(error)}") from error
+        text = describe(error)
+        name = repr(str(picture))
+        raise CliError(text if name in text else f"{name}: {text}") from error
     raise CliError(f"{str(picture)!r} carries no settings (texts: {', '.join(sorted(text)) or 'none'})")

@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+from bad_pictures import png_of_size
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -112,6 +113,15 @@ def test_info_of_nothing(gspn2, tmp_path):
         assert (result.code, len(result.error_lines), result.out) == (1, 1, "")
         assert str(path) in result.err
     assert gspn2("info").code == 2
+
+
+def test_info_of_a_picture_that_is_too_large(gspn2, tmp_path):
+    """Pillow's limit is 178 megapixels; more would be decoded before any text is found."""
+    path = tmp_path / "large.png"
+    path.write_bytes(png_of_size(15_000, 13_000))
+    result = gspn2("info", path)
+    assert (result.code, result.out) == (1, "")
+    assert result.err == f"error: {str(path)!r} is not opened: it says it has more than 178 megapixels\n"
 
 
 def test_verify_the_same(gspn2, ours, tiny_model):
