@@ -14,12 +14,13 @@ from gspn2_diffusion.models.transformer_gspn2 import GSPN2Transformer2DModel
 from gspn2_diffusion.pipelines import input_checks, sampling
 from gspn2_diffusion.pipelines.call import EMBEDS, CallInputs
 from gspn2_diffusion.pipelines.denoising import DenoisingPipeline
+from gspn2_diffusion.pipelines.fast import FastDenoiserMixin
 from gspn2_diffusion.pipelines.lora import GSPN2LoraLoaderMixin
 from gspn2_diffusion.pipelines.sampling import Tensors
 from gspn2_diffusion.pipelines.text_encoding import encode_texts, masked_mean
 
 
-class GSPN2PipelineBase(DenoisingPipeline, GSPN2LoraLoaderMixin):
+class GSPN2PipelineBase(DenoisingPipeline, GSPN2LoraLoaderMixin, FastDenoiserMixin):
     r"""Components of the GSPN-2 pipelines, and what a call does before it samples.
 
     Args:
