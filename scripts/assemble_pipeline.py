@@ -22,6 +22,8 @@ def main(argv: list[str] | None = None) -> None:
         "--max_text_tokens", type=int, default=32, help="text length the model was trained with"
     )
     parser.add_argument("--limit_mb", type=float, default=64.0, help="largest size of the folder")
+    parser.add_argument("--default_steps", type=int, default=None, help="of a few-step model")
+    parser.add_argument("--default_guidance_scale", type=float, default=None, help="1 for a few-step model")
     given = parser.parse_args(argv)
     from gspn2_diffusion.training.assembly import assemble, write_pipeline
 
@@ -33,6 +35,8 @@ def main(argv: list[str] | None = None) -> None:
             tokenizer=given.tokenizer,
             shift=given.shift,
             max_text_tokens=given.max_text_tokens,
+            default_steps=given.default_steps,
+            default_guidance_scale=given.default_guidance_scale,
         )
         size = write_pipeline(pipeline, given.out, given.limit_mb)
     except (FileNotFoundError, ValueError) as error:

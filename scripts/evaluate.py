@@ -36,8 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--limit", type=int, default=None, help="at most so many prompts of each group")
     add("--groups", default=None, help="groups of prompts, by commas; by default all")
     add("--sizes", default=None, help="sizes by commas, such as 128,256,192x320 (height x width)")
-    add("--steps", type=int, default=20)
-    add("--guidance", type=float, default=4.0)
+    add("--steps", type=int, default=None, help="by default the model's own, 20 for most")
+    add("--guidance", type=float, default=None, help="by default the model's own, 4 for most")
     add("--batch", type=int, default=64, help="pictures drawn at once")
     add("--sprite_cache", default=None, help="folder for drawn sprites")
     add("--judge_steps", type=int, default=2000)
@@ -119,7 +119,7 @@ def _evaluate_size(
     import time
 
     from gspn2_diffusion.evaluation import report
-    from gspn2_diffusion.evaluation.pictures import RealPictures, as_tensor, generate
+    from gspn2_diffusion.evaluation.pictures import RealPictures, as_tensor, generate, own_settings
     from gspn2_diffusion.evaluation.scoring import score
 
     started = time.monotonic()
@@ -136,8 +136,7 @@ def _evaluate_size(
         "model": Path(given.model).name,
         "height": shape[0],
         "width": shape[1],
-        "steps": given.steps,
-        "guidance": given.guidance,
+        **own_settings(pipeline, given.steps, given.guidance),
         "seconds_per_picture": round(seconds / len(pictures), 4),
     }
     facts = report.results(prompts, found, real, accuracy, distances(found, real), settings)

@@ -36,12 +36,23 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> Any:
     return pipeline.to(device)
 
 
+def own_settings(pipeline: Any, steps: int | None, guidance: float | None) -> dict[str, Any]:
+    """Steps and guidance that pictures are drawn with: what is given, else the model's own."""
+    from gspn2_diffusion.pipelines.call import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
+
+    own = pipeline.config.get("default_guidance_scale")
+    return {
+        "steps": steps or pipeline.config.get("default_steps") or DEFAULT_STEPS,
+        "guidance": guidance if guidance is not None else DEFAULT_GUIDANCE_SCALE if own is None else own,
+    }
+
+
 def generate(
     pipeline: Any,
     prompts: Sequence[AskedPrompt],
     *,
-    steps: int,
-    guidance: float,
+    steps: int | None,
+    guidance: float | None,
     size: tuple[int, int] | None,
     batch: int,
     say: Callable[[str], None] = print,
@@ -51,21 +62,22 @@ def generate(
     Args:
         pipeline: a text-to-image pipeline.
         prompts: what is asked for.
-        steps: denoising steps.
-        guidance: guidance scale.
+        steps: denoising steps; None for the model's own.
+        guidance: guidance scale; None for the model's own.
         size: (height, width), or None for the pipeline's own.
         batch: pictures drawn at once.
         say: gets a line now and then.
     """
     shape = {} if size is None else {"height": size[0], "width": size[1]}
+    settings = own_settings(pipeline, steps, guidance)
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         pictures += pipeline(
             prompt=[asked.prompt for asked in part],
             generator=[torch.Generator("cpu").manual_seed(asked.seed) for asked in part],
-            num_inference_steps=steps,
-            guidance_scale=guidance,
+            num_inference_steps=settings["steps"],
+            guidance_scale=settings["guidance"],
             output_type="pil",
             **shape,
         ).images

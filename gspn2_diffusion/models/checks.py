@@ -52,6 +52,9 @@ def check_config(config: dict[str, Any]) -> None:
     """Raise ValueError, naming the value, unless ``config`` describes a model that can be built."""
     for name in _POSITIVE + _POSITIVE_OR_NONE:
         _check_positive(name, config[name], optional=name in _POSITIVE_OR_NONE)
+    count = config["num_caption_layers"]
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise ValueError(f"num_caption_layers must be an integer of at least 0, got {count!r}.")
     names = mixer_per_layer(config["mixer"], config["num_layers"])
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     if "softmax" in names and config["attention_head_dim"] % 4:

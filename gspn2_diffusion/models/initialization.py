@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from gspn2_diffusion.layers.mixer import GSPN2Mixer
+from gspn2_diffusion.models.caption_refiner import start_as_identity
 
 
 @torch.no_grad()
@@ -41,8 +42,8 @@ def initialize_for_training(model: Any) -> None:
     """adaLN-zero (DiT, arXiv 2212.09748): every residual and the output start at exactly zero.
 
     Zero are the modulation (projection and tables, hence all gates), the output projections of the
-    cross-attention, the local perception units and the final projection; the rest is left as it is. Call it
-    on a fresh model before training it from scratch.
+    cross-attention and the caption layers, the local perception units and the final projection; the rest is
+    left as it is. Call it on a fresh model before training it from scratch.
 
     Args:
         model: a ``GSPN2Transformer2DModel``; meta tensors are fine.
@@ -50,6 +51,8 @@ def initialize_for_training(model: Any) -> None:
     for module in (model.time_embed.linear, model.proj_out):
         _zero(module)
     nn.init.zeros_(model.scale_shift_table)
+    for layer in model.caption_layers:
+        start_as_identity(layer)
     for block in model.transformer_blocks:
         nn.init.zeros_(block.scale_shift_table)
         _zero(block.cross_attn.to_out[0])

@@ -20,6 +20,7 @@ from gspn2_diffusion.layers.block import GSPN2TransformerBlock, modulate
 from gspn2_diffusion.layers.embeddings import TimestepTextEmbedding
 from gspn2_diffusion.layers.mixer import GSPN2Mixer, check_scan_backend
 from gspn2_diffusion.models import caching
+from gspn2_diffusion.models.caption_refiner import CaptionLayer
 from gspn2_diffusion.models.checks import check_config, check_inputs, mixer_per_layer
 from gspn2_diffusion.models.initialization import initialize_weights
 
@@ -56,13 +57,14 @@ class GSPN2Transformer2DModel(  # type: ignore[misc]
         local_perception: a depthwise 3x3 convolution before every feed-forward.
         norm_eps: epsilon of the LayerNorms.
         scan_directions: a choice of "down", "up", "right", "left"; None for all four.
+        num_caption_layers: self-attention layers among the text tokens (see :class:`CaptionLayer`).
 
     Raises:
         ValueError: a configuration value out of range; the message names it.
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["GSPN2TransformerBlock"]  # type: ignore[assignment]  # noqa: RUF012
+    _no_split_modules = ["GSPN2TransformerBlock", "CaptionLayer"]  # type: ignore[assignment]  # noqa: RUF012
     _repeated_blocks = ["GSPN2TransformerBlock"]  # noqa: RUF012
     # The scan's gates and weights feed a recurrence over hundreds of lines, where 8-bit errors compound.
     _skip_layerwise_casting_patterns = [  # type: ignore[assignment]  # noqa: RUF012
@@ -95,6 +97,7 @@ class GSPN2Transformer2DModel(  # type: ignore[misc]
         local_perception: bool = True,
         norm_eps: float = 1e-6,
         scan_directions: list[str] | None = None,
+        num_caption_layers: int = 0,
     ) -> None:
         super().__init__()
         check_config(dict(self.config))
@@ -108,12 +111,17 @@ class GSPN2Transformer2DModel(  # type: ignore[misc]
         self.time_embed = TimestepTextEmbedding(dim, pooled_projection_dim)
         self.caption_projection = PixArtAlphaTextProjection(caption_channels, dim)
         self.caption_norm = RMSNorm(dim, eps=1e-5)
+        inner = cross_attention_inner_dim or dim
+        self.caption_layers = nn.ModuleList(
+            CaptionLayer(dim, inner, self.num_cross_attention_heads, norm_eps)
+            for _ in range(num_caption_layers)
+        )
         self.transformer_blocks = nn.ModuleList(
             GSPN2TransformerBlock(
                 dim,
                 num_attention_heads=num_attention_heads,
                 num_cross_attention_heads=self.num_cross_attention_heads,
-                cross_attention_inner_dim=cross_attention_inner_dim or dim,
+                cross_attention_inner_dim=inner,
                 mlp_ratio=mlp_ratio,
                 mixer=name,
                 proxy_dim=proxy_dim,
@@ -179,6 +187,8 @@ class GSPN2Transformer2DModel(  # type: ignore[misc]
         temb, embedded = self.time_embed(timestep, pooled_projections, hidden_states.dtype)  # (B, 6C), (B, C)
         encoder_hidden_states = self.caption_norm(self.caption_projection(encoder_hidden_states))  # (B, L, C)
         bias = _mask_to_bias(encoder_attention_mask, self.num_cross_attention_heads, hidden_states.dtype)
+        for layer in self.caption_layers:
+            encoder_hidden_states = layer(encoder_hidden_states, bias)
 
         for block in self.transformer_blocks:
             arguments = (hidden_states, encoder_hidden_states, bias, temb, height, width)

@@ -62,6 +62,8 @@ def assemble(
     tokenizer: Path,
     shift: float = 1.0,
     max_text_tokens: int = 32,
+    default_steps: int | None = None,
+    default_guidance_scale: float | None = None,
 ) -> Any:
     """A `GSPN2Pipeline` from component folders, with a flow-matching Euler scheduler.
 
@@ -86,6 +88,8 @@ def assemble(
         transformer=_load_transformer(transformer),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
         max_sequence_length=max_text_tokens,
+        default_steps=default_steps,
+        default_guidance_scale=default_guidance_scale,
     )
 
 

@@ -1,4 +1,4 @@
-"""Larger models that start as smaller trained ones: more latent channels, wider cross-attention."""
+"""Larger models that start as smaller trained ones: more latent channels, more attention to the text."""
 
 from __future__ import annotations
 
@@ -7,8 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gspn2_diffusion.models.caption_refiner import start_as_identity
+
 # What a grown denoiser may differ in; everything else must be as it was.
-GROWABLE = ("in_channels", "out_channels", "num_cross_attention_heads", "cross_attention_inner_dim")
+GROWABLE = (
+    "in_channels",
+    "out_channels",
+    "num_cross_attention_heads",
+    "cross_attention_inner_dim",
+    "num_caption_layers",
+)
 _NEW_LOGVAR = -12.0  # of new latent channels: hardly any noise, like that of trained ones
 
 
@@ -20,8 +28,8 @@ class GrowthError(ValueError):
 def grow_denoiser(source: Any, target: Any) -> Any:
     """Copy a trained denoiser into a larger one that computes the same at first.
 
-    New latent channels are neither read nor written yet, and new cross-attention heads add nothing yet; both
-    get gradients from the first step on.
+    New latent channels are neither read nor written yet, new cross-attention heads and caption layers add
+    nothing yet; all get gradients from the first step on.
 
     Args:
         source: trained ``GSPN2Transformer2DModel``.
@@ -38,8 +46,14 @@ def grow_denoiser(source: Any, target: Any) -> Any:
     if not differing <= set(GROWABLE):
         raise GrowthError(f"the models differ in {sorted(differing - set(GROWABLE))}; allowed: {GROWABLE}")
     pixels = source.config.patch_size**2
+    for layer in target.caption_layers[len(source.caption_layers) :]:
+        start_as_identity(layer)
     old, new = source.state_dict(), target.state_dict()
+    if not old.keys() <= new.keys():
+        raise GrowthError(f"the wanted model is smaller: it lacks {min(old.keys() - new.keys())}")
     for name, value in new.items():
+        if name not in old:
+            continue
         known = old[name].to(value.dtype)
         if known.shape == value.shape:
             value.copy_(known)
@@ -62,7 +76,7 @@ def _spread(value: Tensor, known: Tensor, pixels: int, dim: int) -> None:
 
 def _fill_heads(name: str, value: Tensor, known: Tensor) -> None:
     """Queries, keys and values of new heads stay random; what they add starts at zero."""
-    if ".cross_attn.to_out" in name:
+    if ".cross_attn.to_out" in name or ".attn.to_out" in name:
         value.zero_()
     value[tuple(slice(0, size) for size in known.shape)] = known
 

@@ -93,12 +93,15 @@ def draw_prompts(
     pipeline: Any,
     prompts: Sequence[SheetPrompt],
     *,
-    steps: int,
-    guidance: float,
+    steps: int | None,
+    guidance: float | None,
     resolution: int | None = None,
     batch: int = 32,
 ) -> list[Image.Image]:
-    """One picture per prompt from its own seed, so the batch size does not change any of them."""
+    """One picture per prompt from its own seed, so the batch size does not change any of them.
+
+    Without `steps` or `guidance`, GSPN-2 pipelines use those of the model.
+    """
     pictures: list[Image.Image] = []
     size = {} if resolution is None else {"height": resolution, "width": resolution}
     for start in range(0, len(prompts), batch):

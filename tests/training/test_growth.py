@@ -25,6 +25,7 @@ def denoisers():
         in_channels=small.config.in_channels + 3,
         num_cross_attention_heads=2 * heads,
         cross_attention_inner_dim=2 * inner,
+        num_caption_layers=2,
     )
     return small, grow_denoiser(small, large)
 
@@ -61,6 +62,25 @@ def test_every_grown_part_gets_a_gradient(denoisers):
     assert float(block.to_out[0].weight.grad[:, half:].abs().max()) > 0
     call(large, torch.randn(2, large.config.in_channels, 8, 8)).sum().backward()
     assert float(large.proj_out.weight.grad.abs().max()) > 0
+    for layer in large.caption_layers:
+        assert float(layer.attn.to_out[0].weight.grad.abs().max()) > 0
+        assert float(layer.ff.net[-1].weight.grad.abs().max()) > 0
+
+
+def test_caption_layers_mix_words_but_not_padding(denoisers):
+    """A changed word changes what the picture reads at other words; a masked one changes nothing."""
+    _, large = denoisers
+    layer = large.caption_layers[0]
+    torch.nn.init.normal_(layer.attn.to_out[0].weight)
+    words = torch.randn(1, 5, large.inner_dim)
+    other = words.clone()
+    other[0, 4] = torch.randn(large.inner_dim)
+    bias = torch.zeros(large.num_cross_attention_heads, 1, 5)
+    masked = bias.clone()
+    masked[..., 4] = -10000.0
+    with torch.no_grad():
+        assert not torch.allclose(layer(words, bias)[:, :4], layer(other, bias)[:, :4], atol=1e-3)
+        assert torch.equal(layer(words, masked)[:, :4], layer(other, masked)[:, :4])
 
 
 def test_a_denoiser_of_another_build_is_refused(denoisers):
