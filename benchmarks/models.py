@@ -144,7 +144,8 @@ class Run:
     def family(self, family: Family) -> None:
         """Every variant at every size."""
         model: Any = None
-        for variant in VARIANTS:
+        last = max(VARIANTS.index(variant) for variant in self.options.variants)
+        for variant in VARIANTS[: last + 1]:
             wanted = variant in self.options.variants
             if is_converted(family):
                 model = (
