@@ -2,8 +2,9 @@
 
 The model is 28 layers x 1152 channels with random weights, in bfloat16, on 64 x 64 tokens (VAE scale 8,
 patch size 2). Speed: eager, its blocks compiled, the whole compiled, and each as a CUDA graph; a graph break
-ends the program. Memory: peaks of whole calls of a pipeline (with a text encoder and an autoencoder of common
+is an error. Memory: peaks of whole calls of a pipeline (with a text encoder and an autoencoder of common
 sizes) as it is, and with each of diffusers' ways to save memory; what they draw is compared with the plain.
+A part that fails stands under "errors" and ends the program with 1 once the others are measured.
 
     python benchmarks/denoiser.py --skip whole                         # about 100 s on an H200
     python benchmarks/denoiser.py --device cpu --tiny --out /tmp/x     # the same program in small, no figures
@@ -18,6 +19,7 @@ import json
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,7 @@ class Bench:
         self.device, self.sizes, self.backend, self.path = torch.device(device), sizes, backend, path
         self.cuda = self.device.type == "cuda"
         self.dtype = torch.bfloat16
+        self.plain = torch.zeros(())  # the latents of the pipeline as it is
         self.result: dict[str, Any] = {
             **describe_environment(),
             **({"commit": commit} if commit else {}),
@@ -79,7 +82,20 @@ class Bench:
             "dtype": "bfloat16",
             "speed": {},
             "memory": {},
+            "errors": {},
         }
+
+    def attempt(self, name: str, part: Callable[[], object]) -> None:
+        """Runs ``part``; what it raises is written down, so that it does not cost the parts after it."""
+        try:
+            part()
+        except Exception as error:
+            traceback.print_exc()
+            self.result["errors"][name] = f"{type(error).__name__}: {str(error)[:500]}"
+            self.write()
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        self.clean()
 
     def write(self) -> None:
         """Writes what there is so far: a run that is cut off keeps its first parts."""
@@ -176,13 +192,11 @@ class Bench:
     def measure_speed(self) -> None:
         self.result["parameters"] = sum(parameter.numel() for parameter in self.denoiser().parameters())
         for batch in (2, 1):  # guidance runs two
-            row: dict[str, Any] = {}
-            self.result["speed"][f"batch {batch}"] = row
-            self.speed_of(batch, row)
-        torch.compiler.reset()
+            self.attempt(f"batch {batch}", lambda batch=batch: self.speed_of(batch))  # type: ignore[misc]
 
-    def speed_of(self, batch: int, row: dict[str, Any]) -> None:
+    def speed_of(self, batch: int) -> None:
         model, inputs = self.denoiser(), self.inputs(batch)
+        row: dict[str, Any] = {}
 
         def call() -> torch.Tensor:
             return model(**inputs, return_dict=False)[0]
@@ -192,6 +206,7 @@ class Bench:
         if self.cuda:
             row["eager_cuda_graph_ms"] = self.milliseconds(self.graphed(call))
         self.compile_blocks(model, row, call, expected)
+        self.result["speed"][f"batch {batch}"] = row
         self.report(f"batch {batch}", row)
 
     def report(self, name: str, row: dict[str, Any]) -> None:
@@ -205,7 +220,6 @@ class Bench:
         call: Callable[[], torch.Tensor],
         expected: torch.Tensor,
     ) -> None:
-        torch.compiler.reset()
         began = time.perf_counter()
         model.compile_repeated_blocks(fullgraph=True, backend=self.backend)
         row["blocks_error"] = relative_error(call(), expected)
@@ -220,9 +234,8 @@ class Bench:
     @torch.no_grad()
     def measure_whole(self) -> None:
         """All layers compiled as one graph, which takes a minute or more: the last part of the program."""
-        model, inputs, row = self.denoiser(), self.inputs(2), self.result["speed"]["batch 2"]
+        model, inputs, row = self.denoiser(), self.inputs(2), dict(self.result["speed"]["batch 2"])
         expected = model(**inputs, return_dict=False)[0].float()
-        torch.compiler.reset()
         began = time.perf_counter()
         compiled = torch.compile(model, fullgraph=True, backend=self.backend)
 
@@ -237,6 +250,7 @@ class Bench:
             row["whole_speedup"] = row["eager_ms"] / row["whole_ms"]
             if self.cuda:
                 row["whole_cuda_graph_ms"] = self.milliseconds(self.graphed(call))
+        self.result["speed"]["batch 2"] = row
         self.report("whole, batch 2", row)
 
     # Memory
@@ -275,17 +289,17 @@ class Bench:
         return ways
 
     def measure_memory(self) -> None:
-        expected = None
         for name, prepare in self.ways().items():
-            pipe = self.pipeline()
-            prepare(pipe)
-            latents, row = self.call_pipeline(pipe)
-            expected = latents if expected is None else expected
-            row["latents_error"] = relative_error(latents, expected, 0.7 if "float8" in name else 0.05)
-            self.result["memory"][name] = row
-            self.report(name, row)
-            del pipe
-            self.clean()
+            self.attempt(name, lambda name=name, prepare=prepare: self.memory_of(name, prepare))  # type: ignore[misc]
+
+    def memory_of(self, name: str, prepare: Callable[[GSPN2Pipeline], Any]) -> None:
+        pipe = self.pipeline()
+        prepare(pipe)
+        latents, row = self.call_pipeline(pipe)
+        self.plain = latents if name == "plain" else self.plain
+        row["latents_error"] = relative_error(latents, self.plain, 0.7 if "float8" in name else 0.05)
+        self.result["memory"][name] = row
+        self.report(name, row)
 
     def clean(self) -> None:
         gc.collect()
@@ -318,19 +332,19 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor, most: float = 0.2)
     """Norm of the difference over that of ``expected``. Rounding adds up over many layers of random weights.
 
     Raises:
-        SystemExit: more than ``most``, or not a number: what was measured is not the same model.
+        RuntimeError: more than ``most``, or not a number: what was measured is not the same model.
     """
     error = float((got.float() - expected).norm() / expected.norm())
     if not error < most:
-        sys.exit(f"wrong result: relative error {error:.2e}")
+        raise RuntimeError(f"wrong result: relative error {error:.2e}")
     return error
 
 
 def no_graph_breaks() -> None:
-    """Raises ``SystemExit`` if the compiler split a graph since its last reset."""
+    """Raises ``RuntimeError`` if the compiler split a graph since its last reset."""
     breaks = dict(torch._dynamo.utils.counters["graph_break"])
     if breaks:
-        sys.exit(f"graph breaks: {breaks}")
+        raise RuntimeError(f"graph breaks: {breaks}")
 
 
 def main() -> None:
@@ -347,21 +361,22 @@ def main() -> None:
     name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     path = options.out or RESULTS / f"denoiser-{name.replace(' ', '-').lower()}.json"
     bench = Bench(options.device, TINY if options.tiny else LARGE, options.backend, path, options.commit)
-    torch._dynamo.utils.counters.clear()
     speed = "speed" not in options.skip
     if speed:
         bench.measure_speed()
-    bench.clean()
     if "memory" not in options.skip:
         bench.measure_memory()
-    if speed and "whole" not in options.skip:
-        bench.measure_whole()
+    row = bench.result["speed"].get("batch 2")
+    if row and "whole" not in options.skip:
+        bench.attempt("whole", bench.measure_whole)
+        row = bench.result["speed"]["batch 2"]
     bench.write()
     print(f"wrote {path}")
-    if bench.cuda and speed:
-        row = bench.result["speed"]["batch 2"]
+    if bench.cuda and row:
         best = max(row["blocks_speedup"], row.get("whole_speedup", 0.0))
         print(f"compiled over eager: {best:.2f}x (wanted: 1.2x)")
+    if bench.result["errors"]:
+        sys.exit(f"failed: {', '.join(bench.result['errors'])}")
 
 
 if __name__ == "__main__":

@@ -29,13 +29,13 @@ def render(result: dict[str, Any]) -> str:
         "| | peak, denoising | less | peak, with decoding | time of both calls |",
         "|---|---|---|---|---|",
     ]
-    plain = result["memory"]["plain"]["denoising_peak_bytes"]
+    plain = result["memory"].get("plain", {}).get("denoising_peak_bytes")
     for name, row in result["memory"].items():
         peak, picture = row["denoising_peak_bytes"], row["picture_peak_bytes"]
         if peak is None:
             continue
         seconds = row["denoising_s"] + row["picture_s"]
-        less = "" if name == "plain" else f"{1 - peak / plain:.0%}"
+        less = "" if name == "plain" or not plain else f"{1 - peak / plain:.0%}"
         lines.append(f"| {name} | {peak / 1e9:.2f} GB | {less} | {picture / 1e9:.2f} GB | {seconds:.2f} s |")
     return "\n".join(lines)
 
