@@ -14,10 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gspn2_diffusion.training.config import ConfigError
+
 COMPACT_FILE_BYTES = 16_400_000  # below 16 MiB with the header
 
 
-class CheckpointError(ValueError):
+class CheckpointError(ConfigError):
     """A checkpoint is missing, damaged or of another model."""
 
 
