@@ -1,6 +1,7 @@
 """Times every tile that ``ops/plans.py`` can choose, and fits the constants by which it chooses.
 
     python benchmarks/tiles.py --seconds 100              # measure; writes results/tiles-<gpu>.json
+    python benchmarks/tiles.py --kernels warp             # of the warp kernels: ops/warp_plans.py
     python benchmarks/tiles.py --fit results/tiles-nvidia-h200.json
 
 A tile whose result differs from the generic kernel's is reported and not timed.
@@ -21,21 +22,43 @@ import torch
 from line_scan import CASES, DIRECTIONS, MINIMUM_BYTES, Inputs, make_inputs, relative_error
 from timing import time_graph, write_result
 
-from gspn2_diffusion.ops import cupy_backend, scan_kernels
-from gspn2_diffusion.ops.plans import (
-    Plan,
-    Problem,
-    Tile,
-    choose_tile,
-    cost_terms,
-    generic_plan,
-    tiled_plan,
-    tiles,
-)
+from gspn2_diffusion.ops import cupy_backend, plans, scan_kernels, warp_plans
+from gspn2_diffusion.ops.plans import Plan, Problem, Tile, generic_plan
+from gspn2_diffusion.ops.warp_plans import WarpTile
 
 SHAPES = [shape for shape in CASES if shape[3] % 8 == 0]
 MAX_ERROR = 8e-3  # relative, in bfloat16
-FIELDS = ("vec", "run", "slice", "cluster", "halo", "stage_lines")
+
+
+class Tiled:
+    """The tiled kernels' choices and what they are estimated by."""
+
+    tile = Tile
+    fields = ("vec", "run", "slice", "cluster", "halo", "stage_lines")
+    candidates = staticmethod(plans.tiles)
+    plan = staticmethod(plans.tiled_plan)
+    choose = staticmethod(plans.choose_tile)
+
+    @staticmethod
+    def terms(problem: Problem, tile: Tile, plan: Plan, limit: int, processors: int) -> tuple[float, ...]:
+        return plans.cost_terms(problem, plan, limit, processors)
+
+
+class Warp:
+    """The warp kernels' choices and what they are estimated by."""
+
+    tile = WarpTile
+    fields = ("vec", "run", "lanes", "channel_warps", "position_warps", "cluster")
+    plan = staticmethod(warp_plans.warp_plan)
+    choose = staticmethod(warp_plans.choose_warp_tile)
+    terms = staticmethod(warp_plans.warp_cost_terms)
+
+    @staticmethod
+    def candidates(problem: Problem, clusters: tuple[int, ...]) -> Any:
+        return warp_plans.warp_tiles(problem, [n for n in clusters if n in warp_plans.CLUSTERS])
+
+
+FAMILIES: dict[str, Any] = {"tiled": Tiled, "warp": Warp}
 
 
 def problem_of(shape: tuple[int, ...], backward: bool) -> Problem:
@@ -55,13 +78,20 @@ def differs(got: list[torch.Tensor], want: list[torch.Tensor]) -> bool:
     return any(not relative_error(g, w) <= MAX_ERROR for g, w in zip(got, want, strict=True))
 
 
-def measure(shape: tuple[int, int, int, int], backward: bool, seconds: float) -> list[dict[str, Any]]:
+def measure(
+    family: Any, shape: tuple[int, int, int, int], backward: bool, seconds: float
+) -> list[dict[str, Any]]:
     """Milliseconds of as many tiles, in random order, as fit into the time."""
     device = torch.cuda.current_device()
     limit, problem = cupy_backend.shared_limit(device), problem_of(shape, backward)
-    found = [(t, tiled_plan(problem, t, True, limit)) for t in tiles(problem, cupy_backend.clusters(device))]
+    found = [
+        (t, family.plan(problem, t, True, limit))
+        for t in family.candidates(problem, cupy_backend.clusters(device))
+    ]
     candidates = [(tile, plan) for tile, plan in found if plan is not None]
     random.Random(0).shuffle(candidates)
+    chosen = family.choose(problem, cupy_backend.clusters(device), limit, cupy_backend.processors(device))
+    candidates.sort(key=lambda candidate: candidate[0] != chosen)  # it first, in any case
     bytes_read = 2 * 9 * problem.batch * problem.height * problem.width * problem.channels
     sets = make_inputs(shape, max(1, min(12, -(-MINIMUM_BYTES // bytes_read))))
     forward = generic_plan(problem_of(shape, False), 8, limit)
@@ -83,12 +113,12 @@ def measure(shape: tuple[int, int, int, int], backward: bool, seconds: float) ->
             for inputs, state in zip(sets, states, strict=True):
                 run(inputs, state, plan)
 
-        row = {name: getattr(tile, name) for name in FIELDS}
+        row = {name: getattr(tile, name) for name in family.fields}
         rows.append({"ms": time_graph(launch, 5) / len(sets), **row})
     return rows
 
 
-def fit(cases: list[dict[str, Any]], backward: bool, limit: int, processors: int) -> np.ndarray:
+def fit(family: Any, cases: list[dict[str, Any]], backward: bool, limit: int, processors: int) -> np.ndarray:
     """Non-negative constants of ``cost_terms`` by weighted least squares on the relative error.
 
     Tiles near the best of their shape count most, and every shape counts alike.
@@ -98,9 +128,10 @@ def fit(cases: list[dict[str, Any]], backward: bool, limit: int, processors: int
         problem = problem_of(tuple(case["shape"]), backward)
         best = min(row["ms"] for row in case["tiles"])
         for row in case["tiles"]:
-            plan = tiled_plan(problem, Tile(*(row[name] for name in FIELDS)), True, limit)
+            tile = family.tile(*(row[name] for name in family.fields))
+            plan = family.plan(problem, tile, True, limit)
             if plan is not None:
-                terms.append(cost_terms(problem, plan, limit, processors))
+                terms.append(family.terms(problem, tile, plan, limit, processors))
                 times.append(row["ms"] * 1e6)
                 weights.append((best / row["ms"]) ** 1.5 / len(case["tiles"]) ** 0.5)
     weight = np.array(weights)
@@ -114,12 +145,12 @@ def fit(cases: list[dict[str, Any]], backward: bool, limit: int, processors: int
     return constants
 
 
-def report(case: dict[str, Any], limit: int, processors: int) -> None:
+def report(family: Any, case: dict[str, Any], limit: int, processors: int) -> None:
     problem = problem_of(tuple(case["shape"]), case["backward"])
     rows = sorted(case["tiles"], key=lambda row: row["ms"])
-    tile = choose_tile(problem, cupy_backend.CLUSTERS, limit, processors)
-    chosen = {name: getattr(tile, name) for name in FIELDS}
-    took = next((row["ms"] for row in rows if all(row[n] == chosen[n] for n in FIELDS)), None)
+    tile = family.choose(problem, cupy_backend.CLUSTERS, limit, processors)
+    chosen = {name: getattr(tile, name) for name in family.fields}
+    took = next((row["ms"] for row in rows if all(row[n] == chosen[n] for n in family.fields)), None)
     times = f"{took / rows[0]['ms']:.2f} of the best" if took else "not among those measured"
     kind = "backward" if case["backward"] else "forward"
     print(f"{case['shape']} {kind}: {len(rows)} tiles, best {rows[0]}, chosen {chosen}: {times}", flush=True)
@@ -130,14 +161,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=100.0, help="for all shapes together")
+    parser.add_argument("--kernels", choices=tuple(FAMILIES), default="tiled")
     parser.add_argument("--fit", type=Path, help="a result of this program, instead of measuring")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--commit", default=None, help="commit to record where there is no git history")
     options = parser.parse_args()
     if options.fit:
         result = json.loads(options.fit.read_text())
+        family = FAMILIES[result.get("kernels", "tiled")]
         for backward in (False, True):
-            constants = fit(result["cases"], backward, result["shared_limit"], result["processors"])
+            constants = fit(family, result["cases"], backward, result["shared_limit"], result["processors"])
             print("backward" if backward else "forward", np.round(constants, 1).tolist())
         return
     if not torch.cuda.is_available():
@@ -145,16 +178,22 @@ def main() -> None:
     torch.manual_seed(0)
     device = torch.cuda.current_device()
     limit, processors = cupy_backend.shared_limit(device), cupy_backend.processors(device)
-    cases = []
+    family, cases = FAMILIES[options.kernels], []
     with torch.no_grad():
         for shape in SHAPES:
             for backward in (False, True):
-                rows = measure(shape, backward, options.seconds / (2 * len(SHAPES)))
+                rows = measure(family, shape, backward, options.seconds / (2 * len(SHAPES)))
                 cases.append({"shape": list(shape), "backward": backward, "tiles": rows})
-                report(cases[-1], limit, processors)
+                report(family, cases[-1], limit, processors)
                 torch.cuda.empty_cache()
-    result = {"dtype": "bfloat16", "shared_limit": limit, "processors": processors, "cases": cases}
-    print(f"wrote {write_result(result, options.out, 'tiles', options.commit)}")
+    result = {
+        "dtype": "bfloat16",
+        "kernels": options.kernels,
+        "shared_limit": limit,
+        "processors": processors,
+    }
+    name = "tiles" if options.kernels == "tiled" else f"tiles-{options.kernels}"
+    print(f"wrote {write_result({**result, 'cases': cases}, options.out, name, options.commit)}")
 
 
 if __name__ == "__main__":

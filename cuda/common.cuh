@@ -1,51 +1,10 @@
 // Shared by the line-scan kernels: element types, vector access, the geometry of a scan, the weights.
 //
-// Set by the preamble that the loader puts in front of the source:
-//   SCALAR  0 float32, 1 bfloat16, 2 float16          VEC  elements of one vector access
-// No CUDA header is included, so the sources compile with NVRTC alone.
+// Set by the preamble that the loader puts in front of the source, beside SCALAR (device.cuh):
+//   VEC  elements of one vector access
 #pragma once
 
-typedef long long int64;
-
-#if SCALAR == 0
-typedef float scalar_t;
-#else
-typedef unsigned short scalar_t;  // the bits of a bfloat16 or float16
-#endif
-
-// ---- element conversion -------------------------------------------------------------------------
-
-__device__ __forceinline__ float to_float(scalar_t value) {
-#if SCALAR == 0
-  return value;
-#elif SCALAR == 1
-  return __uint_as_float((unsigned)value << 16);
-#else
-  float result;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value));
-  return result;
-#endif
-}
-
-__device__ __forceinline__ scalar_t from_float(float value) {
-#if SCALAR == 0
-  return value;
-#elif SCALAR == 1
-#if __CUDA_ARCH__ >= 800
-  unsigned short result;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result) : "f"(value));
-  return result;
-#else
-  unsigned bits = __float_as_uint(value);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;  // NaN
-  return (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);  // nearest, ties to even
-#endif
-#else
-  unsigned short result;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result) : "f"(value));
-  return result;
-#endif
-}
+#include "device.cuh"
 
 // ---- vector access ------------------------------------------------------------------------------
 // A struct of 16-bit elements would be copied two bytes at a time, so vectors move as 32-bit words.
@@ -88,17 +47,34 @@ __device__ __forceinline__ void store_words(const Words<16>& in, void* p) {
   *reinterpret_cast<uint4*>(p) = make_uint4(in.word[0], in.word[1], in.word[2], in.word[3]);
 }
 
+__device__ __forceinline__ void to_floats(float (&out)[VEC], const Vector& v) {
+#if SCALAR == 1 && VEC > 1
+#pragma unroll
+  for (int j = 0; j < VEC; j += 2) {
+    out[j] = __uint_as_float(v.words.word[j / 2] << 16);
+    out[j + 1] = __uint_as_float(v.words.word[j / 2] & 0xffff0000u);
+  }
+#else
+#pragma unroll
+  for (int j = 0; j < VEC; ++j) out[j] = to_float(v.element[j]);
+#endif
+}
+
 __device__ __forceinline__ void load(float (&out)[VEC], const scalar_t* p) {
   Vector v;
   load_words(v.words, p);
-#pragma unroll
-  for (int j = 0; j < VEC; ++j) out[j] = to_float(v.element[j]);
+  to_floats(out, v);
 }
 
 __device__ __forceinline__ void store(scalar_t* p, const float (&in)[VEC]) {
   Vector v;
+#if SCALAR != 0 && VEC > 1
+#pragma unroll
+  for (int j = 0; j < VEC; j += 2) v.words.word[j / 2] = from_floats(in[j], in[j + 1]);
+#else
 #pragma unroll
   for (int j = 0; j < VEC; ++j) v.element[j] = from_float(in[j]);
+#endif
   store_words(v.words, p);
 }
 

@@ -20,9 +20,11 @@ from typing import Any
 import torch
 
 from gspn2_diffusion.ops.plans import RUNS, Plan
+from gspn2_diffusion.ops.warp_plans import WARP_RUNS
 
 GENERIC = ("line_scan_forward", "line_scan_backward")
 TILED = ("line_scan_forward_tiled", "line_scan_backward_tiled")
+WARP = ("line_scan_forward_warp", "line_scan_backward_warp")
 FINISH = "line_scan_finish"
 CLUSTERS = (1, 2, 4, 8, 16)
 _NON_PORTABLE_CLUSTER = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
@@ -45,22 +47,29 @@ def source_folder() -> Path:
     raise FileNotFoundError(f"the CUDA sources are missing: no common.cuh in {package / 'cuda'}")
 
 
-def kernel_source(name: str, dtype: torch.dtype, vec: int, run: int = 1) -> str:
-    """The complete source of one kernel variant, headers included, so that it is its own cache key."""
+def kernel_source(
+    name: str, dtype: torch.dtype, vec: int, run: int = 1, folders: Sequence[Path] | None = None
+) -> str:
+    """The complete source of one kernel variant, headers included, so that it is its own cache key.
+
+    Args:
+        folders: where files are looked for, in this order, instead of in :func:`source_folder`.
+    """
     preamble = f"#define SCALAR {_SCALAR[dtype]}\n#define VEC {vec}\n#define RUN {run}\n"
-    return preamble + _include(f"{name}.cu", set())
+    return preamble + _include(f"{name}.cu", set(), folders or (source_folder(),))
 
 
-def _include(name: str, done: set[str]) -> str:
+def _include(name: str, done: set[str], folders: Sequence[Path]) -> str:
     """A source file with its headers in place of their ``#include`` lines, each once."""
     done.add(name)
     lines = [f'#line 1 "{name}"']
-    for number, line in enumerate((source_folder() / name).read_text().splitlines(), 1):
+    path = next(folder / name for folder in folders if (folder / name).is_file())
+    for number, line in enumerate(path.read_text().splitlines(), 1):
         header = re.fullmatch(r'#include "(\w+\.cuh)"', line)
         if header is None:
             lines.append("" if line == "#pragma once" else line)
         elif header[1] not in done:
-            lines += [_include(header[1], done), f'#line {number + 1} "{name}"']
+            lines += [_include(header[1], done, folders), f'#line {number + 1} "{name}"']
     return "\n".join(lines)
 
 
@@ -74,6 +83,8 @@ def variants() -> list[Variant]:
         chunk = 16 // dtype.itemsize
         found += [(name, dtype, 1 << n, 1) for name in GENERIC for n in range(chunk.bit_length())]
         found += [(name, dtype, vec * 2 // dtype.itemsize, run) for name in TILED for vec, run in RUNS]
+        for name, backward in zip(WARP, (False, True), strict=True):
+            found += [(name, dtype, vec, run) for vec, run in WARP_RUNS[dtype.itemsize, backward]]
         found += [(FINISH, dtype, chunk, 1)]
     return found
 

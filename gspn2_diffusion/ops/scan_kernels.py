@@ -235,7 +235,7 @@ def line_scan_backward(
         layouts = (_layout(x), _layout(lam), _layout(u), _layout(dy), _layout(state))
         setting = (x.dtype, x.device.index, tuple(directions), chunk_size, normalize)
         plan = _plan(x.shape, groups, *setting, True, layouts)
-    tiled = plan.source in cupy_backend.TILED
+    tiled = plan.source in (*cupy_backend.TILED, *cupy_backend.WARP)  # partial sums as these leave them
     partial_dtype = x.dtype if tiled else torch.float32
     dx = torch.empty((len(directions), *x.shape), dtype=partial_dtype, device=x.device) if want_x else None
     dweight = None

@@ -1,0 +1,185 @@
+// What is written in PTX, and the element types. Nothing else in the warp kernels is, so that tests can put a version
+// for the processor in this file's place.
+//
+// Set by the preamble that the loader puts in front of the source:
+//   SCALAR  0 float32, 1 bfloat16, 2 float16
+// No CUDA header is included, so the sources compile with NVRTC alone.
+#pragma once
+
+typedef long long int64;
+
+#if SCALAR == 0
+typedef float scalar_t;
+#else
+typedef unsigned short scalar_t;  // the bits of a bfloat16 or float16
+#endif
+
+#define SHARED_MEMORY(name) extern __shared__ __align__(128) char name[]
+
+// ---- arithmetic ---------------------------------------------------------------------------------
+
+__device__ __forceinline__ float to_float(scalar_t value) {
+#if SCALAR == 0
+  return value;
+#elif SCALAR == 1
+  return __uint_as_float((unsigned)value << 16);
+#else
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value));
+  return result;
+#endif
+}
+
+__device__ __forceinline__ scalar_t from_float(float value) {
+#if SCALAR == 0
+  return value;
+#elif SCALAR == 1
+#if __CUDA_ARCH__ >= 800
+  unsigned short result;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result) : "f"(value));
+  return result;
+#else
+  unsigned bits = __float_as_uint(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;  // NaN
+  return (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);  // nearest, ties to even
+#endif
+#else
+  unsigned short result;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result) : "f"(value));
+  return result;
+#endif
+}
+
+#if SCALAR != 0
+// Two elements side by side, the first in the lower half.
+__device__ __forceinline__ unsigned from_floats(float low, float high) {
+#if __CUDA_ARCH__ >= 800
+  unsigned result;
+#if SCALAR == 1
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+#endif
+  return result;
+#else
+  return (unsigned)from_float(low) | (unsigned)from_float(high) << 16;
+#endif
+}
+#endif
+
+__device__ __forceinline__ float fast_exp(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));
+  return result;
+}
+
+__device__ __forceinline__ float fast_reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// ---- lanes of a warp ----------------------------------------------------------------------------
+
+template <typename T> __device__ __forceinline__ T shuffle_up(T value, int lanes) {
+  return __shfl_up_sync(0xffffffffu, value, lanes);
+}
+template <typename T> __device__ __forceinline__ T shuffle_down(T value, int lanes) {
+  return __shfl_down_sync(0xffffffffu, value, lanes);
+}
+template <typename T> __device__ __forceinline__ T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+// ---- shared memory ------------------------------------------------------------------------------
+
+__device__ __forceinline__ unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
+
+// Copies to shared memory that the copying thread alone waits for; zeros where `bytes` ends early.
+template <int SIZE> __device__ __forceinline__ void copy_async(unsigned to, const void* from, int bytes) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (SIZE == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(SIZE), "r"(bytes) : "memory");
+  }
+#endif
+}
+__device__ __forceinline__ void commit_copies_async() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int PENDING> __device__ __forceinline__ void wait_copies_async() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
+// ---- barriers in shared memory, by address ------------------------------------------------------
+
+__device__ __forceinline__ void barrier_init(unsigned barrier, int arrivals) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+#endif
+}
+__device__ __forceinline__ void barrier_arrive(unsigned barrier) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
+#endif
+}
+// Arrives, and lets the phase end only when so many bytes have come from another block.
+__device__ __forceinline__ void barrier_expect(unsigned barrier, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+#endif
+}
+__device__ __forceinline__ void barrier_wait(unsigned barrier, int phase) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(barrier), "r"(phase) : "memory");
+#elif __CUDA_ARCH__ >= 800
+  // test_wait takes a phase's parity from compute capability 8.0 on, too.
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\n"
+      "mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(barrier), "r"(phase) : "memory");
+#endif
+}
+
+// ---- the blocks of a cluster --------------------------------------------------------------------
+
+// All threads of the block, or of the cluster, pass it together; barriers made before it are known to all.
+template <int CLUSTER> __device__ __forceinline__ void start_together() {
+#if __CUDA_ARCH__ >= 900
+  if (CLUSTER > 1) {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    return;
+  }
+#endif
+  __syncthreads();
+}
+
+// The address that something in this block's shared memory has in another block's.
+__device__ __forceinline__ unsigned remote_address(unsigned local, int rank) {
+  unsigned address = local;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(local), "r"(rank));
+#endif
+  return address;
+}
+
+// Four floats into another block's shared memory; its barrier counts their bytes when they are there.
+__device__ __forceinline__ void send_floats(unsigned to, unsigned barrier, float a, float b, float c, float d) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+      "f"(a), "f"(b), "f"(c), "f"(d), "r"(barrier) : "memory");
+#endif
+}
