@@ -2,9 +2,10 @@
 
     python scripts/evaluate.py --model gspn2-emoji --data data/emoji --out runs/evaluation
 
-Writes ``results.json`` and ``sheet.png`` into --out (one of each per size with ``--sizes 128,192x320``) and
-prints the scores with 95% intervals beside what the same judges give real pictures. The judge is trained on
-the first call (under a minute on a GPU) and kept in --judge, so that several models meet the same one.
+Writes ``results.json`` and ``sheet.png`` into --out (with ``--sizes 128,192x320`` one of each per size, with
+the size in its name unless it is the model's own) and prints the scores with 95% intervals beside what the
+same judges give real pictures. The judge is trained on the first call (under a minute on a GPU) and kept in
+--judge, so that several models meet the same one.
 """
 
 from __future__ import annotations
@@ -141,7 +142,8 @@ def _evaluate_size(
     }
     facts = report.results(prompts, found, real, accuracy, distances(found, real), settings)
     facts |= _optional(given, judge, drawn, [real_pictures(i) for i in range(len(prompts))], prompts)
-    name = "" if size is None else f"-{shape[0]}x{shape[1]}"
+    own = getattr(pipeline, "default_size", None)
+    name = "" if size is None or shape == (own, own) else f"-{shape[0]}x{shape[1]}"
     report.write_json(facts, given.out / f"results{name}.json")
     report.sheet(prompts, pictures, found.passed, given.out / f"sheet{name}.png")
     print(f"== {given.model} at {shape[0]}x{shape[1]}\n{report.table(facts)}", flush=True)

@@ -33,7 +33,8 @@ def ablation_variants(base: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {
         "base": {},
         "proxy-C/8": {"proxy_dim": dim // 8},
-        "proxy-C/2": {"proxy_dim": dim // 2},
+        "proxy-C/16": {"proxy_dim": dim // 16},
+        "weight-groups-4": {"num_weight_groups": 4},
         "weights-per-channel": {"num_weight_groups": int(base["proxy_dim"] or dim // 8)},
         "down-and-right": {"scan_directions": ["down", "right"]},
         "chunks-of-4": {"chunk_size": 4},

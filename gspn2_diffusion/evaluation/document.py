@@ -161,19 +161,21 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _resolutions(study: Mapping[str, Any], evaluations: Mapping[str, dict[str, Any]]) -> str:
-    """The same weights at sizes that they were not trained for."""
+    """The same weights at their own size and at sizes that they were not trained for."""
     judged = dict(_MEASURES)
     rows = [["model", "height x width", *(judged[key] for key in _SHORT)]]
     found: dict[str, list[Any]] = {
         name.removeprefix("evaluation-").rpartition("-")[0]: [] for name in evaluations if _sized(name)
     }
     for name, facts in evaluations.items():
-        if _sized(name):
-            found[name.removeprefix("evaluation-").rpartition("-")[0]].append(facts)
+        short = name.removeprefix("evaluation-")
+        own = short.rpartition("-")[0] if _sized(name) else short
+        if own in found:  # the model's own size stands among the others
+            found[own].append(facts)
     for name, facts in (study.get("variants") or {}).items():
-        sized = [value for key, value in (facts.get("evaluation") or {}).items() if key != "results"]
-        if sized:
-            found[name] = sized
+        several = list((facts.get("evaluation") or {}).values())
+        if len(several) > 1:
+            found[name] = several
     for name, several in found.items():
         for facts in sorted(several, key=lambda item: item["settings"]["height"] * item["settings"]["width"]):
             settings = facts["settings"]

@@ -136,14 +136,14 @@ def test_the_script_measures_a_pipeline_folder(tmp_path, capsys):
     script().main([str(option) for option in options])
     shown = capsys.readouterr().out
     assert "background" in shown
-    for name, shape in (("16x16", (16, 16)), ("16x32", (16, 32))):
-        facts = json.loads((tmp_path / "out" / f"results-{name}.json").read_text())
+    for name, shape in (("", (16, 16)), ("-16x32", (16, 32))):  # 16 is the model's own size
+        facts = json.loads((tmp_path / "out" / f"results{name}.json").read_text())
         assert (facts["settings"]["height"], facts["settings"]["width"]) == shape
         assert facts["prompts"] == {"seen": 2, "pair": 2, "count": 2, "colour": 2}
         assert facts["scores"]["background"]["count"] == 8
         assert 0 <= facts["scores"]["background"]["low"] <= facts["scores"]["background"]["high"] <= 1
         assert "ceiling" in facts["scores"]["concept_top5/seen"]
-        assert Image.open(tmp_path / "out" / f"sheet-{name}.png").width > 200
+        assert Image.open(tmp_path / "out" / f"sheet{name}.png").width > 200
     assert (tmp_path / "out" / "judge" / "judge.json").is_file()
 
 
