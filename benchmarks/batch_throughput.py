@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -146,12 +147,13 @@ def run_bare(options: argparse.Namespace, sizes: list[int]) -> dict[str, Any]:
     return {"seconds": round(seconds, 3), "pictures_per_second": round(sum(sizes) / seconds, 2)}
 
 
-def measure(options: argparse.Namespace, gpus: int) -> dict[str, Any]:
-    """All runs, one after the other; ratios are of medians."""
-    found: dict[str, Any] = {"batch": [], "bare": []}
+def measure(options: argparse.Namespace, gpus: int, found: dict[str, Any], write: Callable[[], None]) -> None:
+    """All runs, one after the other, into ``found``, written after each part; ratios are of medians."""
+    found |= {"batch": [], "bare": []}
     run_bare(options, [1])  # compiles the kernels into their cache on the disk
     for _ in range(options.repeats):
         found["batch"].append(run_batch(options, 1))
+        write()
         found["bare"].append(run_bare(options, found["batch"][-1]["batches"][0]))
     speed = {
         name: statistics.median(run["pictures_per_second"] for run in found[name])
@@ -159,11 +161,12 @@ def measure(options: argparse.Namespace, gpus: int) -> dict[str, Any]:
     }
     found["share_of_bare_loop"] = round(speed["batch"] / speed["bare"], 4)
     found["goal_share_of_bare_loop"] = GOAL_BARE
+    write()
     if gpus > 1:
         found["two"] = [run_batch(options, 2) for _ in range(options.repeats)]
         two = statistics.median(run["pictures_per_second"] for run in found["two"])
         found["two_over_one"], found["goal_two_over_one"] = round(two / speed["batch"], 4), GOAL_TWO
-    return found
+        write()
 
 
 def main() -> None:
@@ -186,13 +189,19 @@ def main() -> None:
     from gspn2_diffusion.environment import describe_environment
 
     gpus = options.processes or max(1, min(2, torch.cuda.device_count()))
-    found = {**describe_environment(), "cores": os.cpu_count(), **measure(options, gpus)}
+    found: dict[str, Any] = {**describe_environment(), "cores": os.cpu_count()}
     settings = ("model", "pictures", "steps", "batch_size", "device", "repeats")
     found["settings"] = {name: getattr(options, name) for name in settings}
     name = str(found["gpu"]).replace(" ", "-") if found["gpu"] != "none" else "cpu"
     path = options.out or RESULTS / f"batch_throughput-{name}{'-x2' if gpus > 1 else ''}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
+
+    def write() -> None:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(found, indent=1) + "\n")
+        temporary.replace(path)
+
+    measure(options, gpus, found, write)
     print(json.dumps({k: v for k, v in found.items() if k not in ("batch", "bare", "two")}, indent=1))
     print("written", path)
 
