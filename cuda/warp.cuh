@@ -10,9 +10,9 @@
 #include "weights.cuh"
 
 #define STAGES 4
-#define LINES (RUN == 1 ? 2 : 1)
 #define WARP_THREADS (VEC * RUN <= 4 ? 640 : RUN == 1 ? 512 : RUN == 2 ? 384 : 256)  // of a block at most
 #define VECTOR_BYTES (VEC * (int)sizeof(scalar_t))
+#define LINES (VECTOR_BYTES * RUN <= 8 ? 4 : RUN == 1 ? 2 : 1)
 #define RAW_BYTES (SCALAR == 0 ? 16 : 8)  // three coefficients in whole words
 
 struct Tiling {
@@ -181,9 +181,9 @@ struct Weigher {
         values[0] = to_float((scalar_t)low), values[1] = to_float((scalar_t)(low >> 16));
         values[2] = to_float((scalar_t)high);
       }
-      const Weights w = make_weights(values, p > 0, p + 1 < positions, normalize);
       const bool counts = p < positions && (first_counts || step > 0);
-      to_stage[n] = counts ? make_float4(w.w[0], w.w[1], w.w[2], 0.0f) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      const Weights w = make_weights(values, p > 0, p + 1 < positions, normalize, counts);
+      to_stage[n] = make_float4(w.w[0], w.w[1], w.w[2], 0.0f);
     });
     here += (unsigned)(LINES * line * (int)sizeof(scalar_t));
   }

@@ -3,25 +3,23 @@
 #include "common.cuh"
 
 // The same weights as load_weights with one division. sigmoid(r_k) is proportional to 1 / a_k with
-// a_k = exp(m) + exp(m - r_k), so weight k is the product of the other two a over the sum of such products.
-// The exponents stop at 40: a weight below exp(-40) is rounding error beside the others.
-__device__ __forceinline__ Weights make_weights(const float (&raw)[3], bool has_before, bool has_after, bool normalize) {
+// a_k = exp(m) + exp(m - r_k), so weight k is the product of the other two a over the sum of such products. The
+// exponents, of two, stop at 58: a weight below 2^-58 is rounding error beside the others, so a neighbour that does not
+// exist only needs a coefficient of minus infinity, and its own weight set to zero.
+__device__ __forceinline__ Weights make_weights(const float (&raw)[3], bool has_before, bool has_after, bool normalize,
+                                                bool counts = true) {
   Weights out = {{has_before ? raw[0] : 0.0f, raw[1], has_after ? raw[2] : 0.0f}};
-  if (!normalize) return out;
-  float m = raw[1];
-  m = has_before ? fmaxf(m, raw[0]) : m;
-  m = has_after ? fmaxf(m, raw[2]) : m;
-  m = fminf(m, 0.0f);
-  const float offset = fast_exp(m);
+  if (!normalize) return counts ? out : Weights{{0.0f, 0.0f, 0.0f}};
+  const float log2_e = 1.4426950408889634f, missing = -__uint_as_float(0x7f800000u);
+  const float r[3] = {has_before ? raw[0] * log2_e : missing, raw[1] * log2_e, has_after ? raw[2] * log2_e : missing};
+  const float m = fminf(fmaxf(r[1], fmaxf(r[0], r[2])), 0.0f), offset = fast_exp2(m);
   float a[3];
 #pragma unroll
-  for (int k = 0; k < 3; ++k) a[k] = offset + fast_exp(fminf(m - raw[k], 40.0f));
-  const float before = has_before ? a[0] : 1.0f, after = has_after ? a[2] : 1.0f;
-  out.w[0] = has_before ? a[1] * after : 0.0f;
-  out.w[1] = before * after;
-  out.w[2] = has_after ? a[1] * before : 0.0f;
-  const float scale = fast_reciprocal(out.w[0] + out.w[1] + out.w[2]);
-#pragma unroll
-  for (int k = 0; k < 3; ++k) out.w[k] *= scale;
+  for (int k = 0; k < 3; ++k) a[k] = offset + fast_exp2(fminf(m - r[k], 58.0f));
+  const float w[3] = {a[1] * a[2], a[0] * a[2], a[0] * a[1]};
+  const float scale = counts ? fast_reciprocal(w[0] + w[1] + w[2]) : 0.0f;
+  out.w[0] = has_before ? w[0] * scale : 0.0f;
+  out.w[1] = w[1] * scale;
+  out.w[2] = has_after ? w[2] * scale : 0.0f;
   return out;
 }

@@ -11,7 +11,7 @@ from gspn2_diffusion.ops.plans import Plan, Problem, _ceil, _check_grid
 
 STAGES = 4  # as in cuda/warp.cuh
 CLUSTERS = (1, 2, 4, 8)
-LINES = {1: 2, 2: 1, 4: 1}  # of a stage, by the positions of a lane
+LINES = {8: 4, 16: 2, 32: 1, 64: 1}  # of a stage, by the bytes that a lane copies of a line of one tensor
 # Channels and positions of a lane, by the bytes of an element and whether it is the backward kernel.
 WARP_RUNS = {
     (2, False): ((4, 1), (8, 1), (8, 2), (8, 4)),
@@ -57,7 +57,7 @@ class WarpTile:
 
 def shared_bytes(problem: Problem, tile: WarpTile) -> int:
     """Shared memory of a block: ``struct Memory`` in ``cuda/warp.cuh``."""
-    lines = LINES[tile.run]
+    lines = LINES[tile.vec * tile.run * problem.itemsize]
     slots = 5 * tile.run + 1 if problem.backward else 3 * tile.run
     ring = STAGES * lines * slots * 32 * tile.vec * problem.itemsize
     raw = 16 if problem.itemsize == 4 else 8

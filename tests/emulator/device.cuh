@@ -32,7 +32,7 @@ inline scalar_t from_float(float value) {
 inline unsigned from_floats(float low, float high) { return (unsigned)from_float(low) | (unsigned)from_float(high) << 16; }
 #endif
 
-inline float fast_exp(float x) { return expf(x); }
+inline float fast_exp2(float x) { return exp2f(x); }
 inline float fast_reciprocal(float x) { return 1.0f / x; }
 
 template <typename T> T shuffle_up(T value, int lanes) {
