@@ -63,7 +63,6 @@ def read_any(picture: Path) -> tuple[str, dict[str, Any]]:
     except OSError as error:
         raise CliError(f"{str(picture)!r} cannot be read: {error.strerror or describe(error)}") from error
     except ValueError as error:
-        text = describe(error)
-        name = repr(str(picture))
-        raise CliError(text if name in text else f"{name}: {text}") from error
+        name, problem = repr(str(picture)), describe(error)
+        raise CliError(problem if name in problem else f"{name}: {problem}") from error
     raise CliError(f"{str(picture)!r} carries no settings (texts: {', '.join(sorted(text)) or 'none'})")

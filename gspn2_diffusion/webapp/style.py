@@ -35,13 +35,22 @@ CSS = """
 .g2-chips label:has(input:focus-visible) { outline: 2px solid var(--body-text-color); }
 .g2-chips label span { margin-left: 0 !important; }
 #g2-drop { min-height: 90px; }
+/* in line with the fields above and below them */
+#g2-buttons, #g2-try, #g2-actions { padding: 0 calc(var(--spacing-xl) + 2px) !important; }
+#g2-try .label svg { display: none; }
+#g2-actions { display: grid; grid-template-columns: 1fr 1fr; }
+#g2-actions button { height: 100%; }
 @media (max-width: 700px) {
   .gradio-container { padding: .6rem !important; }
   .g2-stage { height: min(92vw, 50vh); }
-  #g2-buttons { position: fixed; left: 0; right: 0; bottom: 0; z-index: 50; padding: .5rem .8rem;
+  #g2-buttons { position: fixed; left: 0; right: 0; bottom: 0; z-index: 50; padding: .5rem .8rem !important;
     background: var(--body-background-fill); border-top: 1px solid var(--border-color-primary);
     flex-wrap: nowrap; }
   .gradio-container { padding-bottom: 5rem !important; }
+  /* a slider's number stays beside its label */
+  .wrap > .head { flex-wrap: nowrap !important; }
+  .head .tab-like-container { margin-bottom: 0 !important; }
+  .head input[type=number] { min-width: 2.6rem !important; width: 2.6rem; padding: 0 .2rem !important; }
 }
 """
 

@@ -81,7 +81,8 @@ class Page:
             elem_id="g2-prompt",
         )
         self._build_model()
-        gr.Examples([[text] for text in app.words.examples], form["prompt"], label="Try", api_name=False)  # type: ignore[arg-type]
+        tries = [[text] for text in app.words.examples]
+        gr.Examples(tries, form["prompt"], label="Try", api_name=False, elem_id="g2-try")  # type: ignore[arg-type]
         form["style"] = self._chips("Style", app.words.styles, "g2-style")
         form["background"] = self._chips("Background", app.words.background_names, "g2-background")
         with gr.Row(elem_id="g2-buttons"):
@@ -193,7 +194,7 @@ class Page:
         )
         with gr.Column(visible=False) as self.panel:
             self.details = gr.HTML(elem_id="g2-details")
-            with gr.Row():
+            with gr.Row(elem_id="g2-actions"):
                 self.reuse = gr.Button("Use these settings", size="sm", elem_id="g2-reuse")
                 self.again = gr.Button("Start from this picture", size="sm", elem_id="g2-again")
                 self.enlarge = gr.Button("Enlarge twice", size="sm", elem_id="g2-enlarge")
