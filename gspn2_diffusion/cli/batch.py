@@ -56,8 +56,8 @@ def batch(
         ),
     ] = "auto",
     model: options.ModelOption = defaults.MODEL,
-    steps: options.StepsOption = defaults.STEPS,
-    guidance: options.GuidanceOption = defaults.GUIDANCE,
+    steps: options.StepsOption = None,
+    guidance: options.GuidanceOption = None,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -103,8 +103,9 @@ def batch(
     Exit codes: 0 all drawn, 1 error, 2 wrong usage, 3 some pictures failed, 130 interrupted.
     """
     rank, world = _process()
+    steps, guidance = options.sampling(options.check_text("--model", model), steps, guidance)
     settings = plan.Defaults(
-        options.check_text("--negative", negative), height, width, steps, options.check_guidance(guidance),
+        options.check_text("--negative", negative), height, width, steps, guidance,
         seed, count, adapters.parse_options(lora),
     )  # fmt: skip
     entries = _read_entries(prompt_list, input_format)

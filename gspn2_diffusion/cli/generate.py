@@ -65,8 +65,8 @@ def generate(
         ),
     ],
     model: options.ModelOption = defaults.MODEL,
-    steps: options.StepsOption = defaults.STEPS,
-    guidance: options.GuidanceOption = defaults.GUIDANCE,
+    steps: options.StepsOption = None,
+    guidance: options.GuidanceOption = None,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -93,13 +93,14 @@ def generate(
     The file carries its settings, so the same command draws the same picture. Each file's name is written to
     standard output when the picture is finished.
     """
+    steps, guidance = options.sampling(options.check_text("--model", model), steps, guidance)
     request = Request(
         prompt=_check_prompt(prompt),
         negative=options.check_text("--negative", negative),
-        model=options.check_text("--model", model),
+        model=model,
         paths=options.output_paths(output, count),
         steps=steps,
-        guidance=options.check_guidance(guidance),
+        guidance=guidance,
         seed=_check_seed(seed, count),
         height=height,
         width=width,

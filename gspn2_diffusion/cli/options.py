@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gspn2_diffusion.batch.prompts import MAX_COUNT
+from gspn2_diffusion.cli import defaults
 from gspn2_diffusion.cli.console import CliError, UsageError, set_debug
 from gspn2_diffusion.files import atomic_path
 
@@ -42,9 +43,24 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress ba
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="An embedded model, a folder, or a Hub id 'owner/name'.")
 ]
-StepsOption = Annotated[int, typer.Option("--steps", min=1, max=1000, help="Denoising steps.")]
+StepsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--steps",
+        min=1,
+        max=1000,
+        help="Denoising steps. By default the model's own, 20 for most.",
+        show_default=False,
+    ),
+]
 GuidanceOption = Annotated[
-    float, typer.Option("--guidance", help="How strictly to follow the prompt; 1 switches guidance off.")
+    float | None,
+    typer.Option(
+        "--guidance",
+        help="How strictly to follow the prompt; 1 switches guidance off. By default the model's own, 4 for "
+        "most.",
+        show_default=False,
+    ),
 ]
 HeightOption = Annotated[
     int | None, typer.Option("--height", min=1, help="Pixels; the model's own size by default.")
@@ -76,6 +92,16 @@ DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cu
 DtypeOption = Annotated[
     str, typer.Option("--dtype", help="auto (bf16 on a GPU that has it, else fp32), fp32, bf16 or fp16.")
 ]
+
+
+def sampling(model: str, steps: int | None, guidance: float | None) -> tuple[int, float]:
+    """Steps and guidance of a command: those given, else the model's own.
+
+    Raises:
+        UsageError: the guidance is no finite number from 0.
+    """
+    found = defaults.sampling(model, steps, guidance)
+    return found[0], check_guidance(found[1])
 
 
 def check_guidance(guidance: float) -> float:

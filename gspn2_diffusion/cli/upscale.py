@@ -54,8 +54,8 @@ def upscale(
         bool, typer.Option("--plan", help="Say what would be done within the budget, and stop.")
     ] = False,
     model: options.ModelOption = defaults.MODEL,
-    steps: options.StepsOption = defaults.STEPS,
-    guidance: options.GuidanceOption = defaults.GUIDANCE,
+    steps: options.StepsOption = None,
+    guidance: options.GuidanceOption = None,
     seed: Annotated[
         int | None,
         typer.Option("--seed", min=0, max=2**63 - 1, help="Same seed, same picture. Random if not given."),
@@ -74,6 +74,7 @@ def upscale(
     """
     if output.suffix.lower() not in SUFFIXES:
         raise UsageError(f"--output must end in {', '.join(SUFFIXES)}, got {str(output)!r}")
+    steps, guidance = options.sampling(options.check_text("--model", model), steps, guidance)
     settings: dict[str, Any] = {
         "prompt": _check_prompt(prompt),
         "negative_prompt": options.check_text("--negative", negative),
@@ -81,7 +82,7 @@ def upscale(
         "width": width,
         "strength": strength,
         "num_inference_steps": steps,
-        "guidance_scale": options.check_guidance(guidance),
+        "guidance_scale": guidance,
     }
     seed = secrets.randbelow(2**32) if seed is None else seed
     device, dtype = options.check_device_name(device), options.check_dtype(dtype)
@@ -93,7 +94,7 @@ def upscale(
 
     with quiet_libraries(), Screen(quiet) as screen:
         screen.show("loading")
-        pipe = _load(options.check_text("--model", model), device, dtype)
+        pipe = _load(model, device, dtype)
         try:
             planned = pipe.make_plan(height, width, memory, guidance > 1)
         except (ValueError, TypeError) as error:

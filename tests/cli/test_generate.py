@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from tiny_models import build_tiny_pipeline
 
 from gspn2_diffusion.cli import defaults, generate
 from gspn2_diffusion.files import model_hash
+from gspn2_diffusion.pipelines.call import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
 from gspn2_diffusion.pipelines.pipeline_gspn2 import GSPN2Pipeline
 from gspn2_diffusion.png_metadata import read_parameters, read_settings
 
@@ -123,8 +126,24 @@ def test_long_prompt_warns_once_in_one_line(gspn2, tiny_model, tmp_path):
 
 def test_defaults_are_those_of_the_pipeline():
     parameters = inspect.signature(GSPN2Pipeline.__call__).parameters
-    assert parameters["num_inference_steps"].default == defaults.STEPS
-    assert parameters["guidance_scale"].default == defaults.GUIDANCE
+    assert parameters["num_inference_steps"].default is None
+    assert parameters["guidance_scale"].default is None
+    assert (defaults.STEPS, defaults.GUIDANCE) == (DEFAULT_STEPS, DEFAULT_GUIDANCE_SCALE)
+
+
+def test_a_model_folder_may_have_its_own_steps_and_guidance(gspn2, tiny_model, tmp_path):
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "few"))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(
+        json.dumps(index | {"default_steps": 3, "default_guidance_scale": 1.0})
+    )
+    path = tmp_path / "out.png"
+    assert gspn2("generate", PROMPT, "-o", path, "--model", folder, "--seed", 7).code == 0
+    found = read_settings(path)
+    assert (found.steps, found.guidance_scale) == (3, 1.0)
+    assert defaults.sampling(str(folder), 5, None) == (5, 1.0)
+    assert defaults.sampling(str(tmp_path / "nothing"), None, None) == (20, 4.0)
+    assert defaults.sampling("gspn2-emoji", None, 2.0) == (20, 2.0)
 
 
 def test_values_that_are_not_numbers_are_refused(gspn2, tmp_path):
