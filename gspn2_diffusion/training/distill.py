@@ -207,7 +207,7 @@ def _align(run: Run, config: DistillConfig, encoder: Encoder, models: tuple[Any,
     student, teacher, sites = models
     if config.stage1_steps == 0:
         return student
-    aligned = copy.deepcopy(student).cpu() if run.fsdp else student
+    aligned = copy.deepcopy(student).cpu() if run.splits else student
     output = run.output / "stage-1"
     output.mkdir(parents=True, exist_ok=True)
     own = dataclasses.replace(
@@ -241,7 +241,7 @@ def _stage(
     """Train one stage to the end of its budget."""
     run.say(f"stage of {type(module).__name__}: {_trained(module):,} trained parameters")
     architecture = plain_config(module.student) | {"stage": type(module).__name__}
-    judge = copy.deepcopy(module.student) if run.fsdp and run.is_main else None
+    judge = copy.deepcopy(module.student) if run.splits and run.is_main else None
     state = prepare_state(run, module, _as_json(architecture))
     task = DistillTask(run, config, encoder, state, gap, judge)
     state.gather_averages(run.is_main)

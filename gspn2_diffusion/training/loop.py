@@ -112,21 +112,36 @@ def optimise(run: Run, state: TrainState, task: Task, guard: Guard) -> Tensor:
         with _syncing(run, state, last):
             with run.autocast():
                 loss = task.loss(state.model, state.step, micro) / config.gradient_accumulation_steps
-            loss.backward()
+            _backward(state, loss, last)
         total += loss.detach()
     params = list(state.trained().values())
-    norm = nn.utils.clip_grad_norm_(params, config.max_grad_norm or float("inf"))
-    guard.watch(norm, state.step)
-    state.optimizer.step()
-    state.optimizer.zero_grad()
+    guard.watch(_update(run, state, params), state.step)
     state.ema.step(params)
     return total
+
+
+def _backward(state: TrainState, loss: Tensor, last: bool) -> None:
+    if state.zero is not None:
+        state.zero.backward(loss, last)
+    else:
+        loss.backward()
+
+
+def _update(run: Run, state: TrainState, params: list[nn.Parameter]) -> Tensor:
+    """Clip and step; the norm of the gradients."""
+    if state.zero is not None:
+        return state.zero.step(run.device)
+    norm = nn.utils.clip_grad_norm_(params, run.config.max_grad_norm or float("inf"))
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    return norm
 
 
 def _syncing(run: Run, state: TrainState, last: bool) -> contextlib.AbstractContextManager[object]:
     """Gradients meet over the processes in the last micro-step only."""
     if state.sharded:
         state.module.set_requires_gradient_sync(last)
+    if state.sharded or state.zero is not None:
         return contextlib.nullcontext()
     return contextlib.nullcontext() if last else run.accelerator.no_sync(state.model)
 
@@ -159,7 +174,7 @@ def _sample(run: Run, state: TrainState, task: Task) -> None:
 
 
 def _save(run: Run, state: TrainState) -> None:
-    if run.is_main or state.sharded:
+    if run.is_main or state.sharded or state.zero is not None:
         target = state.save(run.output, run.config.keep_checkpoints, write=run.is_main)
         run.say(f"wrote {target}")
 

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from gspn2_diffusion.environment import describe_environment
 from gspn2_diffusion.training.config import ConfigError, RunConfig, save_config
+from gspn2_diffusion.training.zero import check_installed, wanted_stage
 
 
 @dataclass
@@ -70,6 +71,11 @@ class Run:
             return True
         wanted = flag("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION") == "2"
         return wanted and self.device.type == "cpu" and self.world > 1
+
+    @property
+    def splits(self) -> bool:
+        """Whether something of what is trained is split over the processes: FSDP2 or DeepSpeed."""
+        return self.fsdp or wanted_stage(self.accelerator) is not None
 
     def mesh(self) -> Any:
         """All processes in one line, for FSDP2."""
@@ -163,18 +169,15 @@ def start_run(config: RunConfig, started: float) -> Run:
 
 
 def check_launch() -> None:
-    """Raise ConfigError for ways of splitting a model that this trainer does not know."""
-    instead = "launch with configs/accelerate/fsdp2.yaml (ZeRO 3) or fsdp2-zero2.yaml (ZeRO 2)"
+    """Raise ConfigError for ways of splitting a model that are not known here, or not installed."""
+    instead = "launch with configs/accelerate/fsdp2.yaml, or one beside it"
     if flag("ACCELERATE_USE_DEEPSPEED"):
-        raise ConfigError(
-            "DeepSpeed's checkpoints are pickled and fit one number of GPUs only, so it is not supported; "
-            f"FSDP2 splits the same things: {instead}"
-        )
+        check_installed()
     if flag("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
         raise ConfigError(f"FSDP of version 1 is not supported (`fsdp_version: 2` is): {instead}")
     for name in ("ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG"):
         if flag(name):
-            raise ConfigError(f"{name} is set, but only DDP and FSDP2 are supported: {instead}")
+            raise ConfigError(f"{name} is set, but only DDP, FSDP2 and DeepSpeed are supported: {instead}")
 
 
 def available_trackers(wanted: str) -> tuple[list[str], list[str]]:

@@ -15,6 +15,7 @@ from gspn2_diffusion.training.config import ConfigError
 from gspn2_diffusion.training.optim import JointOptimizer, build_optimizer
 from gspn2_diffusion.training.runtime import Run, compile_in_place
 from gspn2_diffusion.training.sharding import is_sharded, local, shard_model, split_like, whole
+from gspn2_diffusion.training.zero import ZeroEngine, wanted_stage
 
 
 @dataclass
@@ -28,6 +29,7 @@ class TrainState:
         pictures: pictures trained on, all ranks together.
         sharded: weights are split over the processes (FSDP2), so all of them must call what gathers.
         terminated: SIGTERM ended the run before its budget was used.
+        zero: splits the optimiser's state (DeepSpeed); all processes must call what puts it together.
     """
 
     module: Any  # an nn.Module; diffusers' classes lack the types
@@ -40,6 +42,8 @@ class TrainState:
     warm_from: int = 0
     sharded: bool = False
     terminated: bool = False
+    zero: ZeroEngine | None = None
+    _moments: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _gathered: dict[str, Tensor] | None = field(default=None, repr=False)
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -89,15 +93,18 @@ class TrainState:
         files = {
             "model.safetensors": {name: whole(value) for name, value in self._weights().items()},
             "ema.safetensors": {name: whole(value) for name, value in self.averages().items()},
-            "optimizer.safetensors": {
-                name: whole(value)
-                for name, value in ckpt.optimizer_tensors(self.optimizer.state_dict()).items()
-            },
+            "optimizer.safetensors": self._optimizer_tensors(),
         }
         if write:
             ckpt.write_folder(target, files, self._numbers("checkpoint"))
             ckpt.prune(folder, keep)
         return target
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        if self.zero is not None:
+            return self.zero.tensors()
+        found = ckpt.optimizer_tensors(self.optimizer.state_dict())
+        return {name: whole(value) for name, value in found.items()}
 
     def save_compact(self, folder: Path, contents: str, write: bool = True) -> None:
         """Write bf16 weights ("both", "ema" or "raw") in small files, without the optimiser."""
@@ -110,8 +117,12 @@ class TrainState:
         if write:
             ckpt.write_folder(folder, ckpt.compact_files(tensors), self._numbers("compact"))
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, later: bool = False) -> None:
         """Continue from a checkpoint, or from compact weights with a fresh optimiser.
+
+        Args:
+            folder: of the checkpoint.
+            later: the optimiser's state is for `start_zero`, which splits it.
 
         Raises:
             CheckpointError: it is damaged or of another architecture.
@@ -127,12 +138,23 @@ class TrainState:
             self._load_weights(
                 ckpt.read_tensors(folder, "model.safetensors"), ckpt.read_tensors(folder, "ema.safetensors")
             )
-            flat = ckpt.read_tensors(folder, "optimizer.safetensors")
-            found = ckpt.optimizer_state(flat, self.optimizer.state_dict())
-            self.optimizer.load_state_dict(self._split_state(found))
+            self._moments = ckpt.read_tensors(folder, "optimizer.safetensors")
+            found = ckpt.optimizer_state(self._moments, self.optimizer.state_dict())
+            if not later:
+                self.optimizer.load_state_dict(self._split_state(found))
+                self._moments = {}
             self.warm_from = numbers["warm_from"]
         self.step, self.pictures = numbers["step"], numbers["pictures"]
         self.ema.optimization_step = numbers["ema_step"]
+
+    def start_zero(self, run: Run, stage: int) -> None:
+        """Hand the module and its optimiser over to DeepSpeed, with the state that was loaded."""
+        (adamw,) = self.optimizer.parts
+        self.zero = ZeroEngine(self.module, adamw, self._moments, stage, run.config, run.autocast)
+        self.model, self._moments = self.zero.engine, {}
+        own = self.zero.held()
+        run.say(f"DeepSpeed, ZeRO {stage}: optimiser state of {own:,} weights here")
+        run.record(optimizer_state_here=own)
 
     def _weights(self) -> dict[str, Tensor]:
         """What a checkpoint holds of the model: all of it, or the trained part where the rest is frozen."""
@@ -185,9 +207,11 @@ def prepare_state(run: Run, module: Any, architecture: dict[str, Any]) -> TrainS
     """Model on the device, split or distributed, compiled; optimiser; averages; resumed where asked for."""
     config = run.config
     module.to(run.device).train()
+    stage = wanted_stage(run.accelerator)
+    if (run.fsdp or stage) and config.optimizer != "adamw":
+        kind = "FSDP2" if run.fsdp else "DeepSpeed"
+        raise ConfigError(f"`optimizer` is {config.optimizer!r}; with {kind} only adamw is allowed")
     if run.fsdp:
-        if config.optimizer != "adamw":
-            raise ConfigError(f"`optimizer` is {config.optimizer!r}; with FSDP2 only adamw is allowed")
         shard_model(module, run.mesh(), *run.fsdp_options())
     optimizer = build_optimizer(
         module,
@@ -214,9 +238,12 @@ def prepare_state(run: Run, module: Any, architecture: dict[str, Any]) -> TrainS
     run.accelerator.wait_for_everyone()
     source = ckpt.find_resume(config.resume_from, run.output)
     if source is not None:
-        state.load(source)
+        state.load(source, later=stage is not None)
         run.say(f"resumed from {source}: step {state.step}, {state.pictures:,} pictures")
     if not state.sharded:  # sharded blocks have another class, and their hooks would break every graph
         compile_in_place(run, module)
-    state.model = run.accelerator.prepare(module) if run.world > 1 and not state.sharded else module
+    if stage is not None:
+        state.start_zero(run, stage)
+    elif run.world > 1 and not state.sharded:
+        state.model = run.accelerator.prepare(module)
     return state

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,12 @@ FSDP2 = {
     "FSDP_VERSION": "2",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_OFFLOAD_PARAMS": "false",
+}
+
+ZERO2 = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    "DS_ACCELERATOR": "cpu",
 }
 
 
@@ -91,10 +98,13 @@ def test_another_number_of_processes_goes_on(root, ddp):
     assert state["pictures"] == 4 * 8
 
 
-def both_ways(name, root, output, changes):
-    """Folders of the same training by DDP and with split weights."""
+def every_way(name, root, output, changes):
+    """Folders of the same training by DDP, with split weights, and where it is installed by DeepSpeed."""
     found = []
-    for kind, environment in (("ddp", {}), ("fsdp2", FSDP2)):
+    ways = {"ddp": {}, "fsdp2": FSDP2}
+    if name == "distill" and find_spec("deepspeed"):
+        ways["zero2"] = ZERO2
+    for kind, environment in ways.items():
         folder = root / f"{output}-{kind}"
         settings = tiny_training.denoiser_options(root, folder, **changes)
         assert forks.train_together(name, settings, 2, **environment) == [0, 0]
@@ -126,7 +136,7 @@ def test_an_adapter_on_split_weights_is_the_same(root):
         "class_pictures": 4,
         "rank": 2,
     }
-    whole, split = both_ways("train_lora", root, "lora", changes)
+    whole, split = every_way("train_lora", root, "lora", changes)
     close(whole, split, "lora/pytorch_lora_weights.safetensors")
     close(whole / "checkpoint-2", split / "checkpoint-2", "optimizer.safetensors")
     held = load_file(split / "checkpoint-2" / "model.safetensors")
@@ -146,13 +156,13 @@ def test_distillation_with_split_weights_is_the_same(root):
         "proxy_ratio": 4,
         "adapter_rank": 2,
     }
-    whole, split = both_ways("distill", root, "distil", changes)
-    for folder in ("stage-1/checkpoint-2", "checkpoint-2"):
-        for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
-            close(whole / folder, split / folder, name)
-    ends = [json.loads((folder / "gap.json").read_text()) for folder in (whole, split)]
-    assert ends[0] == ends[1]
-    close(whole, split, "transformer/diffusion_pytorch_model.safetensors")
+    whole, *others = every_way("distill", root, "distil", changes)
+    for split in others:
+        for folder in ("stage-1/checkpoint-2", "checkpoint-2"):
+            for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
+                close(whole / folder, split / folder, name)
+        assert (whole / "gap.json").read_text() == (split / "gap.json").read_text()
+        close(whole, split, "transformer/diffusion_pytorch_model.safetensors")
 
 
 @pytest.mark.gpu
@@ -176,3 +186,22 @@ def test_two_gpus_then_one(tmp_path):
     assert forks.train("train_text_to_image", options(tmp_path, alone, **more)) == 0
     state = json.loads((alone / "checkpoint-4" / "state.json").read_text())
     assert state["pictures"] == 4 * 8
+
+
+def test_deepspeed_is_the_same(root, ddp):
+    """ZeRO 2 from the checkpoint of the DDP run; another run goes on from what it wrote."""
+    pytest.importorskip("deepspeed")
+    output = root / "zero"
+    changes = {"resume_from": ddp / "checkpoint-2", "checkpoint_steps": 1}
+    codes = forks.train_together("train_text_to_image", options(root, output, **changes), 2, **ZERO2)
+    assert codes == [0, 0]
+    for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
+        close(ddp / "checkpoint-4", output / "checkpoint-4", name)
+    assert not list(output.rglob("*.pt"))
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    total = sum(tensor.numel() for tensor in load_file(ddp / "checkpoint-4" / "ema.safetensors").values())
+    here = next(line["optimizer_state_here"] for line in lines if "optimizer_state_here" in line)
+    assert here == pytest.approx(total / 2, rel=0.2)
+    again = root / "zero-again"
+    changes = {"resume_from": output / "checkpoint-3", "gradient_accumulation_steps": 4}
+    assert forks.train("train_text_to_image", options(root, again, **changes)) == 0

@@ -101,7 +101,7 @@ def test_resume_from_another_architecture_is_refused(root, whole):
     config = json.loads((root / "models" / "transformer.json").read_text())
     other = root / "other.json"
     other.write_text(json.dumps(config | {"num_layers": 2}))
-    with pytest.raises(SystemExit, match="another architecture.*num_layers"):
+    with pytest.raises(SystemExit, match=r"another architecture.*num_layers"):
         train(root, root / "refused", transformer_config=other, resume_from=whole / "checkpoint-4")
 
 
