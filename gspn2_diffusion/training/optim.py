@@ -167,7 +167,8 @@ def _block_matrices(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{name}.weight": module.weight
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and "blocks." in name and module.weight.requires_grad
+        if isinstance(module, nn.Linear) and module.weight.requires_grad
+        if "blocks." in name or "caption_layers." in name
     }
 
 
