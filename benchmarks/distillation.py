@@ -4,7 +4,7 @@
     python benchmarks/distillation.py --data data/emoji --step teacher         230 s
     python benchmarks/distillation.py --data data/emoji --step student         330 s
 
-The baseline is the embedded model's shape with softmax attention, from scratch. The student starts as that
+The baseline is the embedded model with softmax attention, from scratch. The student starts as that
 model with line scans in the place of attention (stage 0) and has ``--student_minutes`` from the start of its
 process: imports, alignment of the blocks and training end to end. The share of the gap in validation loss
 between stage 0 and the teacher that it closes comes from the run's own ``metrics.jsonl``, on held-out scenes.
@@ -52,6 +52,7 @@ def train_teacher(options: argparse.Namespace, more: list[str]) -> None:
         "config": ROOT / "configs" / "text-to-image.yaml",
         **common(options, options.work / "teacher"),
         "pretrained": options.pretrained,
+        "transformer_config": "none",  # that of `pretrained`
         "mixer": "softmax",
         "max_train_minutes": options.teacher_minutes,
         "final_checkpoint": False,
