@@ -4,7 +4,8 @@
     python scripts/compare_mixers.py report
 
 "train" runs one variant per GPU at a time, each for exactly --steps steps, then lets one judge see all their
-pictures, and writes benchmarks/results/<study>.json. "report" makes docs/results.md from the files in
+pictures, and writes benchmarks/results/<study>.json. Variants that the file holds already stay in it, if they
+were trained with the same settings, so a study may be made in several calls. "report" makes docs/results.md from the files in
 benchmarks/results. Options after "--" go to scripts/train_text_to_image.py unchanged.
 """
 
@@ -92,11 +93,14 @@ def train(given: argparse.Namespace, passed: Sequence[str]) -> Path:
     status = run_all(commands, work)
     finished = [name for name in configs if status[name] == 0]
     scores = judge_all(given, work, finished) if given.evaluate and finished else {}
+    settings = {"steps": given.steps, "batch": given.batch, "seed": given.seed, "other": list(passed)}
+    target = given.results / f"{given.study}.json"
     facts: dict[str, Any] = {
         "study": given.study,
-        "settings": {"steps": given.steps, "batch": given.batch, "seed": given.seed, "other": list(passed)},
+        "settings": settings,
         "environment": describe_environment(),
-        "variants": {
+        "variants": earlier_variants(target, settings)
+        | {
             name: {
                 "config": configs[name],
                 "parameters": parameters[name],
@@ -107,10 +111,20 @@ def train(given: argparse.Namespace, passed: Sequence[str]) -> Path:
         },
         "failed": [name for name in configs if status[name] != 0],
     }
-    target = given.results / f"{given.study}.json"
     write_json(facts, target)
     print(f"wrote {target}; failed: {facts['failed'] or 'none'}")
     return target
+
+
+def earlier_variants(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Variants of an earlier call that trained with the same settings; those of other settings are dropped."""
+    if not file.is_file():
+        return {}
+    known = json.loads(file.read_text(encoding="utf-8"))
+    if known["settings"] != settings:
+        print(f"{file} was made with other settings, {known['settings']}: it is replaced")
+        return {}
+    return dict(known["variants"])
 
 
 def _training(

@@ -158,3 +158,9 @@ def test_the_script_trains_all_variants_alike(tmp_path, monkeypatch):
     assert plain["gspn2"] == plain["softmax"] == plain["hybrid"] == plain["linear"]
     assert plain["gspn2"][-2:] == ["--prefetch", "2"]
     assert plain["gspn2"][plain["gspn2"].index("--max_train_steps") + 1] == "7"
+    one = ["--variants", "hybrid", "--results", tmp_path / "results", "--", "--prefetch", "2"]
+    module.main([str(o) for o in [*options, *one]])  # a later call adds to the file
+    facts = json.loads((tmp_path / "results" / "mixers.json").read_text())
+    assert (list(facts["variants"]), facts["failed"]) == (["gspn2", "softmax", "hybrid"], [])
+    module.main([str(o) for o in [*options, "--seed", "1", *one]])  # other settings do not mix
+    assert list(json.loads((tmp_path / "results" / "mixers.json").read_text())["variants"]) == ["hybrid"]
