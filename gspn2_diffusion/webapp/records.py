@@ -100,8 +100,8 @@ def picture_html(source: str, alt: str) -> str:
 def empty_html() -> str:
     """The stage before the first picture."""
     return (
-        '<div class="g2-stage g2-empty"><div>Your picture appears here.<br>'
-        "<kbd>Ctrl</kbd> + <kbd>Enter</kbd> draws, <kbd>Esc</kbd> stops.</div></div>"
+        '<div class="g2-stage g2-empty"><div>Your picture appears here.'
+        "<div><kbd>Ctrl</kbd> + <kbd>Enter</kbd> draws, <kbd>Esc</kbd> stops.</div></div></div>"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gspn2_diffusion.webapp.vocabulary import Vocabulary
 
 CSS = """
-.gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
+.gradio-container { max-width: 1240px !important; width: 100% !important; margin: 0 auto !important; }
 .g2-head h1 { font-size: 1.35rem; font-weight: 700; margin: 0; }
 .g2-head p { margin: .15rem 0 0; opacity: .75; font-size: .9rem; }
 .g2-stage { display: flex; align-items: center; justify-content: center; width: 100%;
@@ -40,6 +40,8 @@ CSS = """
 #g2-try .label svg { display: none; }
 #g2-actions { display: grid; grid-template-columns: 1fr 1fr; }
 #g2-actions button { height: 100%; }
+@media (hover: none) { .g2-empty div div { display: none; } }  /* no keyboard there */
+@media (max-width: 1000px) { .min_value, .max_value { display: none; } }
 @media (max-width: 700px) {
   .gradio-container { padding: .6rem !important; }
   .g2-stage { height: min(92vw, 50vh); }
@@ -50,7 +52,8 @@ CSS = """
   /* a slider's number stays beside its label */
   .wrap > .head { flex-wrap: nowrap !important; }
   .head .tab-like-container { margin-bottom: 0 !important; }
-  .head input[type=number] { min-width: 2.6rem !important; width: 2.6rem; padding: 0 .2rem !important; }
+  .head input[type=number] { min-width: 2.8rem !important; width: 2.8rem; padding: 0 .2rem !important; }
+  .head .reset-button { display: none; }
 }
 """
 
