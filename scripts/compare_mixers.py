@@ -5,8 +5,8 @@
 
 "train" runs one variant per GPU at a time, each for exactly --steps steps, then lets one judge see all their
 pictures, and writes benchmarks/results/<study>.json. Variants that the file holds already stay in it, if they
-were trained with the same settings, so a study may be made in several calls. "report" makes docs/results.md from the files in
-benchmarks/results. Options after "--" go to scripts/train_text_to_image.py unchanged.
+were trained with the same settings, so a study may be made in several calls. "report" makes docs/results.md
+from the files in benchmarks/results. Options after "--" go to scripts/train_text_to_image.py unchanged.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def train(given: argparse.Namespace, passed: Sequence[str]) -> Path:
 
 
 def earlier_variants(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Variants of an earlier call that trained with the same settings; those of other settings are dropped."""
+    """Variants of an earlier call with the same settings; those of other settings are dropped."""
     if not file.is_file():
         return {}
     known = json.loads(file.read_text(encoding="utf-8"))

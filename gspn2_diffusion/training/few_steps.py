@@ -39,6 +39,7 @@ from gspn2_diffusion.training.text import TextStates
 
 _PATH_STREAM, _STEP_STREAM = 51, 52
 _TIMESTEPS = 1000
+_NO_GAP = 1e-9  # where the teacher has as few steps itself
 
 
 def step_levels(steps: int, shift: float) -> list[float]:
@@ -216,7 +217,8 @@ class FewStepTask(DenoiserTask):
         found = self.measure(self.judge())
         self._keep_best(found)
         for name, coarse in self._coarse_errors.items():
-            found[f"gap_closed_{name}"] = 1 - found[f"val_{name}"] / max(coarse, 1e-12)
+            if coarse > _NO_GAP:
+                found[f"gap_closed_{name}"] = 1 - found[f"val_{name}"] / coarse
         return found
 
     @torch.no_grad()
