@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 
@@ -63,14 +64,16 @@ def line_scan(
     four tensors (the reference: any number of times).
 
     Returns:
-        ``y (B, H, W, D, C)`` of ``x``'s dtype.
+        ``y (B, H, W, D, C)`` of ``x``'s dtype. The kernels lay its dimensions out in the order of those of
+        ``lam``: with fewer than 16 channels, a tensor made as ``(D, B, H, W, C)`` and permuted is read and
+        written in longer runs.
 
     Raises:
         TypeError: an argument is of the wrong type or of an unsupported dtype.
         ValueError: shapes, devices or options do not fit together.
         RuntimeError: ``backend="cupy"`` cannot run here.
     """
-    _check(x, weight, lam, u, directions, chunk_size, backend)
+    codes = _check(x, weight, lam, u, directions, chunk_size, backend)
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
@@ -79,7 +82,6 @@ def line_scan(
     _check_dtypes(x, weight, lam, u)
     if _choose_backend(backend, x) == "reference":
         return line_scan_reference(x, weight, lam, u, directions, chunk_size, normalize)
-    codes = [DIRECTIONS.index(name) for name in directions]
     tensors = (x, weight, lam) if u is None else (x, weight, lam, u)
     save_state = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     arguments = (x, weight, lam, u, codes, chunk_size or 0, normalize)
@@ -102,14 +104,17 @@ def _choose_backend(backend: str, x: Tensor) -> str:
         if not usable:
             raise RuntimeError(f"backend='cupy' cannot run: {reason}")
         return "cupy"
-    choice, why = _auto_choice(x.device.type, x.dtype)
+    if torch.compiler.is_compiling():
+        return _auto_choice.__wrapped__(x.device, x.dtype)[0]
+    choice, why = _auto_choice(x.device, x.dtype)
     _announce(choice, why)
     return choice
 
 
-def _auto_choice(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
-    if device_type != "cuda":
-        return "reference", f"the tensors are on device type {device_type!r}"
+@functools.lru_cache(maxsize=256)
+def _auto_choice(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    if device.type != "cuda":
+        return "reference", f"the tensors are on device type {device.type!r}"
     if dtype not in _KERNEL_DTYPES:
         return "reference", f"the kernels do not take {dtype}"
     usable, reason = cupy_backend.availability()
@@ -126,7 +131,7 @@ def _log_choice(choice: str, why: str) -> None:
 
 
 def _announce(choice: str, why: str) -> None:
-    if torch.compiler.is_compiling() or (choice, why) in _announced:
+    if (choice, why) in _announced:
         return
     _announced.add((choice, why))
     _log_choice(choice, why)
@@ -140,19 +145,37 @@ def _check(
     directions: Sequence[str],
     chunk_size: int | None,
     backend: str,
-) -> None:
+) -> list[int]:
+    """The directions' codes, once everything but the dtypes is found right."""
     for name, tensor in (("x", x), ("weight", weight), ("lam", lam), ("u", u)):
         if not isinstance(tensor, Tensor) and not (name == "u" and tensor is None):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    _check_directions(directions)
+    if not isinstance(directions, (tuple, list)) or not all(isinstance(name, str) for name in directions):
+        _check_directions(directions)
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size must be None or an integer >= 1, got {chunk_size!r}")
-    _check_shapes(x, weight, lam, u, len(directions))
-    for name, tensor in (("weight", weight), ("lam", lam), ("u", u)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}; use one device")
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    shapes = (x.shape, weight.shape, lam.shape, None if u is None else u.shape)
+    devices = (x.device, weight.device, lam.device, x.device if u is None else u.device)
+    # Sizes may be symbols while tracing, which no cache can hold.
+    check = _check_once.__wrapped__ if torch.compiler.is_compiling() else _check_once
+    return list(check(shapes, devices, tuple(directions)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _check_once(
+    shapes: tuple[torch.Size, torch.Size, torch.Size, torch.Size | None],
+    devices: tuple[torch.device, ...],
+    directions: tuple[str, ...],
+) -> tuple[int, ...]:
+    """What a call of the same shapes need not check again; an error is raised every time."""
+    _check_directions(directions)
+    _check_shapes(*shapes, len(directions))
+    for name, device in zip(("weight", "lam", "u"), devices[1:], strict=True):
+        if device != devices[0]:
+            raise ValueError(f"{name} is on {device}, but x is on {devices[0]}; use one device")
+    return tuple(DIRECTIONS.index(name) for name in directions)
 
 
 def _check_directions(directions: Sequence[str]) -> None:
@@ -161,21 +184,23 @@ def _check_directions(directions: Sequence[str]) -> None:
         raise ValueError(f"directions must name some of {DIRECTIONS}, each once, got {directions!r}")
 
 
-def _check_shapes(x: Tensor, weight: Tensor, lam: Tensor, u: Tensor | None, count: int) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"x must have shape (B, H, W, C), got {tuple(x.shape)}")
-    batch, height, width, channels = x.shape
+def _check_shapes(
+    x: torch.Size, weight: torch.Size, lam: torch.Size, u: torch.Size | None, count: int
+) -> None:
+    if len(x) != 4:
+        raise ValueError(f"x must have shape (B, H, W, C), got {tuple(x)}")
+    batch, height, width, channels = x
     if min(height, width, channels) < 1:
-        raise ValueError(f"x must have H, W and C of at least 1, got {tuple(x.shape)}")
+        raise ValueError(f"x must have H, W and C of at least 1, got {tuple(x)}")
     gate = (batch, height, width, count, channels)
-    for name, tensor in (("lam", lam), ("u", u)):
-        if tensor is not None and tuple(tensor.shape) != gate:
-            raise ValueError(f"{name} must have shape (B, H, W, D, C) = {gate}, got {tuple(tensor.shape)}")
-    shape = tuple(weight.shape)
-    if len(shape) != 6 or shape[:4] != gate[:4] or shape[5] != 3:
-        raise ValueError(f"weight must have shape (B, H, W, D, G, 3) = {(*gate[:4], 'G', 3)}, got {shape}")
-    if shape[4] < 1 or channels % shape[4]:
-        raise ValueError(f"weight has G = {shape[4]} groups, which must divide the {channels} channels of x")
+    for name, shape in (("lam", lam), ("u", u)):
+        if shape is not None and tuple(shape) != gate:
+            raise ValueError(f"{name} must have shape (B, H, W, D, C) = {gate}, got {tuple(shape)}")
+    if len(weight) != 6 or tuple(weight[:4]) != gate[:4] or weight[5] != 3:
+        expected = (*gate[:4], "G", 3)
+        raise ValueError(f"weight must have shape (B, H, W, D, G, 3) = {expected}, got {tuple(weight)}")
+    if weight[4] < 1 or channels % weight[4]:
+        raise ValueError(f"weight has G = {weight[4]} groups, which must divide the {channels} channels of x")
 
 
 def _check_dtypes(x: Tensor, weight: Tensor, lam: Tensor, u: Tensor | None) -> None:

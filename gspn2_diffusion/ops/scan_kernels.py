@@ -69,7 +69,8 @@ def _layout(tensor: Tensor | None) -> tuple[tuple[int, ...], int] | None:
     return None if tensor is None else (tensor.stride()[:-1], tensor.data_ptr() % 16)
 
 
-def _unit_last_stride(tensor: Tensor) -> Tensor:
+def unit_last_stride(tensor: Tensor) -> Tensor:
+    """The tensor, or a contiguous copy where the last dimension's elements do not lie side by side."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
@@ -161,21 +162,20 @@ def line_scan_forward(
         plan: instead of the one that is chosen by shape, for measurements.
 
     Returns:
-        ``y (B, H, W, D, C)``, and the hidden states of the same shape or None if none are kept apart from
-        ``y``.
+        ``y (B, H, W, D, C)`` with its dimensions in memory in the order of those of ``lam``, and the hidden
+        states laid out alike or None if none are kept apart from ``y``.
     """
     index = x.device.index
     if torch.cuda.current_device() != index:
         with torch.cuda.device(index):
             return line_scan_forward(x, weight, lam, u, directions, chunk_size, normalize, save_state, plan)
     cupy_backend.bind(index)
-    batch, height, width, channels = x.shape
-    y = x.new_empty((batch, height, width, len(directions), channels))
+    x, weight, lam = unit_last_stride(x), unit_last_stride(weight), unit_last_stride(lam)
+    y = torch.empty_like(lam)
     state = torch.empty_like(y) if save_state and u is not None else None
     if y.numel() == 0:
         return y, state
-    x, weight, lam = _unit_last_stride(x), _unit_last_stride(weight), _unit_last_stride(lam)
-    u = None if u is None else _unit_last_stride(u)
+    u = None if u is None else unit_last_stride(u)
     groups = weight.shape[4]
     if plan is None:
         layouts = (_layout(x), _layout(lam), _layout(u))
@@ -207,12 +207,13 @@ def line_scan_backward(
 
     Args:
         dy: ``(B, H, W, D, C)`` gradient of ``y``.
-        state: the hidden states that :func:`line_scan_forward` kept, contiguous.
+        state: the hidden states that :func:`line_scan_forward` kept.
         wanted: which gradients of ``x, weight, lam, u`` to compute.
         plan: instead of the one that is chosen by shape, for measurements.
 
     Returns:
-        Gradients of ``x, weight, lam, u``, contiguous, in the inputs' dtype; None where not wanted.
+        Gradients of ``x, weight, lam, u`` in the inputs' dtype, None where not wanted. Those of ``lam`` and
+        ``u`` are laid out as ``state``, the others contiguous.
     """
     index = x.device.index
     if torch.cuda.current_device() != index:
@@ -220,17 +221,16 @@ def line_scan_backward(
         with torch.cuda.device(index):
             return line_scan_backward(dy, x, weight, lam, u, state, *options)
     cupy_backend.bind(index)
-    batch, height, width, channels = x.shape
+    batch, height, width, _ = x.shape
     want_x, want_weight, want_lam, want_u = wanted
-    gate_shape = (batch, height, width, len(directions), channels)
-    dlam = x.new_empty(gate_shape) if want_lam else None
-    du = x.new_empty(gate_shape) if want_u and u is not None else None
+    dlam = torch.empty_like(state) if want_lam else None
+    du = torch.empty_like(state) if want_u and u is not None else None
     groups = weight.shape[4]
     if dy.numel() == 0:
         zeros = (torch.zeros_like(x) if want_x else None, torch.zeros_like(weight) if want_weight else None)
         return *zeros, dlam, du
-    dy, x, weight, lam = (_unit_last_stride(t) for t in (dy, x, weight, lam))
-    u = None if u is None else _unit_last_stride(u)
+    dy, x, weight, lam = (unit_last_stride(t) for t in (dy, x, weight, lam))
+    u = None if u is None else unit_last_stride(u)
     if plan is None:
         layouts = (_layout(x), _layout(lam), _layout(u), _layout(dy), _layout(state))
         setting = (x.dtype, x.device.index, tuple(directions), chunk_size, normalize)

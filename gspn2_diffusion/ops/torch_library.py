@@ -55,7 +55,7 @@ def line_scan_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 def _(
     x: Tensor, weight: Tensor, lam: Tensor, u: Tensor | None, directions: list[int], *options: Any
 ) -> tuple[Tensor, Tensor]:
-    y = x.new_empty(*x.shape[:3], len(directions), x.shape[3])
+    y = torch.empty_like(scan_kernels.unit_last_stride(lam))
     save_state = options[-1]
     return y, torch.empty_like(y) if save_state and u is not None else x.new_empty(0)
 
@@ -76,10 +76,10 @@ def line_scan_backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 def _(
     dy: Tensor, x: Tensor, weight: Tensor, lam: Tensor, u: Tensor | None, state: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
-    wanted = options[-1]
+    kinds = (x.new_empty(x.shape), weight.new_empty(weight.shape), state, None if u is None else state)
     return tuple(
-        dy.new_empty(tensor.shape if want and tensor is not None else (0,))
-        for tensor, want in zip((x, weight, lam, u), wanted, strict=True)
+        torch.empty_like(kind) if want and kind is not None else dy.new_empty(0)
+        for kind, want in zip(kinds, options[-1], strict=True)
     )
 
 

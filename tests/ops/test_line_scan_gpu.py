@@ -105,6 +105,20 @@ def test_other_layouts_are_copied():
     assert_matches({k: v.requires_grad_() for k, v in strided.items()}, "cupy")
 
 
+@pytest.mark.parametrize("channels", [1, 8, 24])
+def test_directions_outermost_in_memory(channels):
+    """The results follow the gates' layout."""
+    inputs = make_inputs(2, 33, 70, channels, dtype=torch.bfloat16, device="cuda")
+
+    def outermost(t):
+        return t.detach().movedim(3, 0).contiguous().movedim(0, 3).requires_grad_()
+
+    inputs = {name: t if name == "x" else outermost(t) for name, t in inputs.items()}
+    y = line_scan(**inputs, backend="cupy")
+    assert y.stride() == inputs["lam"].stride()
+    assert_matches(inputs, "cupy")
+
+
 @pytest.mark.parametrize("kind", ["zero strides", "reversed"])
 def test_gradient_of_any_layout(kind):
     inputs = make_inputs(2, 6, 7, 8, device="cuda")
