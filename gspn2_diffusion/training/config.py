@@ -260,13 +260,16 @@ def parse_config(kind: type[Config], argv: Sequence[str] | None = None) -> Confi
     parser = HfArgumentParser(kind, allow_abbrev=False)  # type: ignore[arg-type]
     parser.add_argument("--config", default=None, help="YAML or JSON file with settings")
     names = [item.name for item in dataclasses.fields(kind)]
+    hints = typing.get_type_hints(kind)
+    for action in parser._actions:
+        if action.type in (int, float) and type(None) in typing.get_args(hints.get(action.dest)):
+            action.type = _number_or_none(action.type)
     path = parser.parse_known_args(arguments)[0].config
     if path is not None:
         parser.set_defaults(**_checked_file(path, kind, names))
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
         raise ConfigError(unknown_setting(unknown[0].lstrip("-").split("=")[0], names))
-    hints = typing.get_type_hints(kind)
     config = kind(**{name: _unset(getattr(parsed, name), hints[name]) for name in names})
     config.validate()
     return config
@@ -318,6 +321,16 @@ def _fitted(path: str, name: str, value: Any, hint: Any) -> Any:
         if isinstance(value, origin) and (kind is bool or not isinstance(value, bool)):
             return value
     raise ConfigError(f"{path}: `{name}` is {value!r}; allowed: {hint}")
+
+
+def _number_or_none(kind: Any) -> Any:
+    """`kind` for argparse that also takes none, where a number can be left unset."""
+
+    def number(text: str) -> Any:
+        return None if text.lower() in ("none", "null") else kind(text)
+
+    number.__name__ = kind.__name__  # argparse's messages name it
+    return number
 
 
 def _unset(value: Any, hint: Any) -> Any:

@@ -45,6 +45,24 @@ def test_ready_settings_are_valid(file):
     assert parse_config(kind, options).max_train_steps == 10
 
 
+def test_numbers_can_be_unset_on_the_command_line():
+    """The configuration has a number; scripts/compare_mixers.py takes it away."""
+    options = [
+        "--config",
+        str(CONFIGS / "text-to-image.yaml"),
+        "--output_dir",
+        "x",
+        "--max_train_steps",
+        "10",
+    ]
+    options += ["--pretrained", "gspn2-emoji"]
+    assert parse_config(DenoiserConfig, options).validate_minutes == 1.0
+    changed = parse_config(DenoiserConfig, [*options, "--validate_minutes", "none", "--validate_steps", "5"])
+    assert (changed.validate_minutes, changed.validate_steps) == (None, 5)
+    with pytest.raises(SystemExit):
+        parse_config(DenoiserConfig, [*options, "--validate_minutes", "often"])
+
+
 @pytest.mark.parametrize(("name", "size"), [("0.6b", 0.6e9), ("1.6b", 1.6e9)])
 def test_large_models_have_their_size(name, size):
     with torch.device("meta"):
