@@ -21,17 +21,27 @@ def chunked_feed_forward(transformer: Any, tokens: int | None) -> Iterator[None]
         tokens: over all pictures of a batch.
     """
     layers: list[nn.Module] = [] if tokens is None else [block.ff for block in transformer.transformer_blocks]
-    before = [layer.__dict__.get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = _in_chunks(layer.forward, tokens or 0)  # type: ignore[method-assign]
+    with _replaced([(layer, _in_chunks(layer.forward, tokens or 0)) for layer in layers]):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(forwards: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Within the block, modules have another ``forward``.
+
+    Hooks would do, too, but compiled blocks do not look whether hooks came after they were compiled.
+    """
+    before = [module.__dict__.get("forward") for module, _ in forwards]
+    for module, forward in forwards:
+        module.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for layer, forward in zip(layers, before, strict=True):
+        for (module, _), forward in zip(forwards, before, strict=True):
             if forward is None:
-                del layer.forward  # type: ignore[method-assign]
+                del module.forward  # type: ignore[method-assign]
             else:
-                layer.forward = forward  # type: ignore[method-assign]
+                module.forward = forward  # type: ignore[method-assign]
 
 
 def _in_chunks(forward: Callable[[torch.Tensor], torch.Tensor], tokens: int) -> Callable[..., torch.Tensor]:
@@ -62,31 +72,24 @@ def balanced_scans(transformer: Any, height: int, width: int) -> Iterator[None]:
     native = transformer.config.sample_size
     vertical, horizontal = min(1.0, native / height), min(1.0, native / width)
     shares = {"down": vertical, "up": vertical, "right": horizontal, "left": horizontal}
-    handles = []
+    scaled: list[tuple[nn.Module, Callable[..., Any]]] = []
     if vertical < 1 or horizontal < 1:
         for module in transformer.modules():
             if isinstance(module, GSPN2Mixer) and module.chunk_size is None:
                 factors = torch.tensor([shares[direction] for direction in module.directions])
-                factors = factors.repeat_interleave(module.proxy_dim)
-                handles.append(module.to_out.register_forward_pre_hook(_multiply(factors)))
-    try:
+                factors = factors.repeat_interleave(module.proxy_dim).to(
+                    transformer.device, transformer.dtype
+                )
+                scaled.append((module.to_out, _scaled(module.to_out.forward, factors)))
+    with _replaced(scaled):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _multiply(factors: torch.Tensor) -> Callable[[nn.Module, tuple[torch.Tensor]], tuple[torch.Tensor]]:
-    placed: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+def _scaled(forward: Callable[[torch.Tensor], torch.Tensor], factors: torch.Tensor) -> Callable[..., Any]:
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return forward(x * factors.to(x.device, x.dtype))
 
-    def hook(_: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        x = args[0]
-        key = (x.device, x.dtype)
-        if key not in placed:
-            placed[key] = factors.to(*key)
-        return (x * placed[key],)
-
-    return hook
+    return run
 
 
 def one_by_one(function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:

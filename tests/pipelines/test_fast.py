@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import tiny_models
 import torch
+
+from gspn2_diffusion.pipelines.low_memory import balanced_scans, chunked_feed_forward
 
 
 def test_only_on_a_gpu_and_never_without_effect() -> None:
@@ -16,6 +20,33 @@ def test_only_on_a_gpu_and_never_without_effect() -> None:
         pipe.enable_fast_denoiser(compile_blocks=False, cuda_graphs=False)
     pipe.disable_fast_denoiser()
     assert "forward" not in pipe.transformer.__dict__
+
+
+@torch.no_grad()
+def test_compiled_blocks_see_what_large_pictures_change() -> None:
+    """Scans in balance and feed-forwards in chunks, begun and ended after the blocks were compiled."""
+    plain = tiny_models.tiny_transformer(num_layers=10, sample_size=2).eval()
+    model = copy.deepcopy(plain)
+    graphs = []
+
+    def compiler(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    model.compile_repeated_blocks(fullgraph=True, backend=compiler)
+    latents, text = torch.randn(1, 4, 4, 4), torch.randn(1, 5, tiny_models.TEXT_CHANNELS)
+    pooled = torch.randn(1, plain.config.pooled_projection_dim)
+    arguments = {"timestep": torch.tensor([500.0]), "encoder_hidden_states": text}
+    arguments["pooled_projections"] = pooled
+    before = model(latents, **arguments).sample
+    with balanced_scans(model, 4, 4), balanced_scans(plain, 4, 4), chunked_feed_forward(model, 3):
+        found, wanted = (each(latents, **arguments).sample for each in (model, plain))
+    torch.testing.assert_close(found, wanted)
+    assert not torch.allclose(found, before, atol=1e-3)
+    torch.testing.assert_close(model(latents, **arguments).sample, before)
+    assert len(graphs) == 2  # all ten blocks share one of each kind
+    torch.compiler.reset()
 
 
 @pytest.mark.gpu
