@@ -37,11 +37,11 @@ def _replaced(forwards: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[
     try:
         yield
     finally:
-        for (module, _), forward in zip(forwards, before, strict=True):
-            if forward is None:
+        for (module, _), earlier in zip(forwards, before, strict=True):
+            if earlier is None:
                 del module.forward  # type: ignore[method-assign]
             else:
-                module.forward = forward  # type: ignore[method-assign]
+                module.forward = earlier  # type: ignore[method-assign]
 
 
 def _in_chunks(forward: Callable[[torch.Tensor], torch.Tensor], tokens: int) -> Callable[..., torch.Tensor]:
