@@ -37,7 +37,7 @@ def test_json(gspn2, embedded, tiny_model):
     assert (result.code, result.err) == (0, "")
     assert json.loads(result.out)["ok"] is True
     found = rows(result)
-    assert found["torch"]["value"] in (torch.__version__, torch.__version__.split("+")[0])  # the latter from PyPI
+    assert found["torch"]["value"] in (torch.__version__, torch.__version__.split("+")[0])  # from PyPI
     assert found["backend"]["value"] == "reference"
     assert "no CUDA device" in found["backend"]["detail"]
     assert found["imports"]["value"] == "GSPN2Pipeline"

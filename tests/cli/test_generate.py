@@ -49,7 +49,7 @@ def test_settings_in_the_file_are_resolved(gspn2, tiny_model, tmp_path):
     assert settings.scheduler == "FlowMatchEulerDiscreteScheduler"
     assert settings.scheduler_config["num_train_timesteps"] == 1000
     assert settings.dtype == "float32" or torch.cuda.is_available()
-    assert settings.versions["torch"] in (torch.__version__, torch.__version__.split("+")[0])  # the latter from PyPI
+    assert settings.versions["torch"] in (torch.__version__, torch.__version__.split("+")[0])  # from PyPI
     assert str(tiny_model.parent) not in settings.to_json()
     assert read_parameters(path)["Size"] == "24x8"
     with Image.open(path) as image:

@@ -29,6 +29,6 @@ def test_environment_names_versions_and_commit():
     import torch
 
     found = describe_environment()
-    assert found["torch"] in (torch.__version__, torch.__version__.split("+")[0])  # the latter from PyPI
+    assert found["torch"] in (torch.__version__, torch.__version__.split("+")[0])  # from PyPI
     assert found["gpus"] == torch.cuda.device_count()
     assert found["commit"] == "unknown" or len(str(found["commit"]).rstrip("+")) == 40
