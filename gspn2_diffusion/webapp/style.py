@@ -40,11 +40,11 @@ CSS = """
 #g2-try .label svg { display: none; }
 #g2-actions { display: grid; grid-template-columns: 1fr 1fr; }
 #g2-actions button { height: 100%; }
-@media (hover: none) { .g2-empty div div { display: none; } }  /* no keyboard there */
 @media (max-width: 1000px) { .min_value, .max_value { display: none; } }
 @media (max-width: 700px) {
   .gradio-container { padding: .6rem !important; }
   .g2-stage { height: min(92vw, 50vh); }
+  .g2-empty div div { display: none; }  /* no keyboard there */
   #g2-buttons { position: fixed; left: 0; right: 0; bottom: 0; z-index: 50; padding: .5rem .8rem !important;
     background: var(--body-background-fill); border-top: 1px solid var(--border-color-primary);
     flex-wrap: nowrap; }
