@@ -12,8 +12,8 @@ def sizes(result: Row) -> str:
     rows, cpu = result["rows"], result["gpu"] == "none"
     where = f"{rows[0]['threads']} CPU threads" if cpu else result["gpu"]
     lines = [
-        f"{where}, {result['dtype']}, torch {result['torch']}, {rows[-1]['steps']} steps of the whole "
-        f"schedule, strength {rows[-1]['strength']}.",
+        f"{where}, {result['dtype']}, torch {result['torch']}, {rows[0]['steps']} steps of the whole "
+        f"schedule, strength {rows[0]['strength']}.",
         "",
         "| pixels | seconds | seconds a step at this size | decoding and writing | peak memory | planned |",
         "|---|---|---|---|---|---|",
