@@ -8,7 +8,11 @@ bandwidth, GSPN-1's scheme, and whole mixers with their projections against soft
 from __future__ import annotations
 
 import argparse
+import math
+import os
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -51,22 +55,30 @@ QUICK = 7
 GSPN1_CASES = {(1, 256, 256, 64), (16, 1024, 1024, 8), (64, 1024, 1024, 1)}
 MINIMUM_BYTES = 256 * 2**20  # rotate through more than any L2 holds
 MIXER_WIDTH, MIXER_HEADS = 1152, 18
-MIXER_SIDES = (16, 32, 64, 128, 256)
+MIXER_SIDES = (16, 32, 64, 128, 256, 512, 1024)  # tokens of pictures of 256 to 16,384 pixels
+LONGEST_SOFTMAX = 256  # side; beyond it one call takes seconds
+SCALING = (48, (512, 4096))  # channels, sides between which the growth of the time is measured
+SMALL_CHANNELS = 16  # with fewer, the directions lie apart in memory
 
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # x, weight, lam, u
 
 
 def make_inputs(shape: tuple[int, int, int, int], count: int) -> list[Inputs]:
-    batch, height, width, channels = shape
+    """Random inputs, contiguous; of few channels ``weight, lam, u`` are ``(D, B, H, W, ...)`` in memory."""
+    *grid, channels = shape
+    d = len(DIRECTIONS)
 
     def draw(*size: int) -> torch.Tensor:
         return torch.randn(size, device="cuda", dtype=torch.bfloat16)
 
-    grid, d = (batch, height, width), len(DIRECTIONS)
+    def draw_all(*size: int) -> torch.Tensor:
+        if channels < SMALL_CHANNELS:
+            return draw(d, *grid, *size).movedim(0, 3)
+        return draw(*grid, d, *size)
+
     return [
-        (draw(*grid, channels), draw(*grid, d, 1, 3), draw(*grid, d, channels), draw(*grid, d, channels))
-        for _ in range(count)
+        (draw(*grid, channels), draw_all(1, 3), draw_all(channels), draw_all(channels)) for _ in range(count)
     ]
 
 
@@ -167,12 +179,14 @@ def measure_mixers(side: int, replays: int) -> dict[str, float]:
     mixer = GSPN2Mixer(MIXER_WIDTH)
     for module in (attention, linear, mixer):
         module.to("cuda", torch.bfloat16)
-    return {
+    times = {
         "tokens": side * side,
         "gspn2_ms": time_graph(lambda: mixer(tokens, side, side), replays),
-        "softmax_ms": time_graph(lambda: attention(tokens), replays),
         "linear_ms": time_graph(lambda: linear.processor(linear, tokens, height=side, width=side), replays),
     }
+    if side <= LONGEST_SOFTMAX:
+        times["softmax_ms"] = time_graph(lambda: attention(tokens), replays)
+    return times
 
 
 def host_microseconds(calls: int = 200) -> float:
@@ -187,6 +201,35 @@ def host_microseconds(calls: int = 200) -> float:
     elapsed = time.perf_counter() - start
     torch.cuda.synchronize()
     return elapsed / calls * 1e6
+
+
+def growth(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Exponents of the time over pixels between two sizes of picture: 1 for time linear in pixels."""
+    channels, sides = SCALING
+    found = {row["shape"][1]: row for row in rows if row["shape"][3] == channels and row["shape"][1] in sides}
+    if len(found) < len(sides):
+        return {}
+    small, large = (found[side] for side in sides)
+    pixels = 2 * math.log(sides[1] / sides[0])
+    names = ("forward", "backward")
+    return {name: math.log(large[f"{name}_ms"] / small[f"{name}_ms"]) / pixels for name in names}
+
+
+def compile_seconds() -> dict[str, float]:
+    """Seconds to compile every kernel into an empty cache, and to load them all again from it."""
+    program = (
+        "import time, torch; from gspn2_diffusion.ops import cupy_backend as backend; torch.zeros(1).cuda(); "
+        "start = time.perf_counter(); backend.compile_all(); print(time.perf_counter() - start)"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "CUPY_CACHE_DIR": folder}
+        command = [sys.executable, "-c", program]
+        runs = [
+            subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+            for _ in range(2)
+        ]
+    cold, warm = (float(run.stdout.split()[-1]) for run in runs)
+    return {"cold": cold, "from_cache": warm, "kernels": len(cupy_backend.variants())}
 
 
 def print_row(row: dict[str, Any]) -> None:
@@ -226,13 +269,17 @@ def main() -> None:
         mixers.append(measure_mixers(side, 20))
         print("  ".join(f"{name} {value:.4g}" for name, value in mixers[-1].items()), flush=True)
     host = host_microseconds()
-    print(f"host time of a call: {host:.1f} us")
+    print(f"host time of a call: {host:.1f} us; growth with pixels: {growth(rows)}")
+    compiled = compile_seconds()
+    print(f"compiling: {compiled}")
     result = {
         "copy_bytes_per_second": bandwidth,
         "dtype": "bfloat16",
         "cases": rows,
         "mixers": {"width": MIXER_WIDTH, "rows": mixers},
         "host_microseconds": host,
+        "growth_exponents": growth(rows),
+        "compile_seconds": compiled,
     }
     print(f"wrote {write_result(result, options.out, 'line_scan', options.commit)}")
 

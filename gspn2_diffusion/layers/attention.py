@@ -120,7 +120,7 @@ def make_cross_attention(dim: int, inner_dim: int, heads: int) -> nn.Module:
     """diffusers' ``Attention`` from picture tokens to text tokens: ``dim`` wide, ``inner_dim`` inside.
 
     Called as ``attn(hidden_states, encoder_hidden_states=..., attention_mask=...)`` with the mask an
-    additive bias ``(B, 1, L)``. Queries and keys are RMS-normalised per head.
+    additive bias ``(B, 1, L)`` or ``(B * heads, 1, L)``. Queries and keys are RMS-normalised per head.
 
     Raises:
         ValueError: ``heads`` does not divide ``inner_dim``.

@@ -105,7 +105,7 @@ class GSPN2TransformerBlock(nn.Module):
         Args:
             hidden_states: ``(B, height*width, C)``.
             encoder_hidden_states: text tokens ``(B, L, C)``.
-            encoder_attention_mask: additive bias ``(B, 1, L)`` or None.
+            encoder_attention_mask: additive bias ``(B, 1, L)`` or ``(B * heads, 1, L)`` or None.
             temb: the model's shared modulation, ``(B, 6*C)``.
             height, width: the token grid.
 
