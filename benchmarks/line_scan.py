@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import scan_report
 import torch
 from timing import copy_bandwidth, time_graph, write_result
 
@@ -281,7 +282,9 @@ def main() -> None:
         "growth_exponents": growth(rows),
         "compile_seconds": compiled,
     }
-    print(f"wrote {write_result(result, options.out, 'line_scan', options.commit)}")
+    path = write_result(result, options.out, "line_scan", options.commit)
+    path.with_suffix(".svg").write_text(scan_report.svg(result), encoding="utf-8")
+    print(f"wrote {path} and its plot")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 
 import denoiser_table
 import model_report
+import scan_report
 import size_report
 import training_report
 
@@ -34,7 +35,16 @@ def models(result: dict[str, Any]) -> str:
     return "\n".join([*shown, model_report.render(result)])
 
 
+def line_scan(result: dict[str, Any]) -> str:
+    """The plots that ``line_scan.py`` drew beside its result, and the tables."""
+    name = f"line_scan-{result['gpu'].replace(' ', '-').lower()}.svg"
+    drawn = (ROOT / "benchmarks" / "results" / name).is_file()
+    plot = f"![time by size and share of the copy bandwidth](results/{name})\n\n" if drawn else ""
+    return plot + scan_report.render(result)
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "line_scan-": line_scan,
     "training-": training_report.render,
     "distillation-": training_report.distillation,
     "models-": models,
@@ -64,7 +74,7 @@ def rendered(text: str, root: Path = ROOT) -> str:
 def main(argv: list[str]) -> int:
     """Write or check every document; the number of those that were not up to date when checking."""
     stale = 0
-    for path in sorted((ROOT / "docs").glob("*.md")):
+    for path in [*sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]:
         text = path.read_text(encoding="utf-8")
         fresh = rendered(text)
         if fresh == text:
