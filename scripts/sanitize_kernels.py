@@ -16,6 +16,7 @@ import torch
 
 from gspn2_diffusion.ops import cupy_backend, scan_kernels
 from gspn2_diffusion.ops.plans import Problem, Tile, tiled_plan
+from gspn2_diffusion.ops.warp_plans import WarpTile, warp_plan
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (33, 65), (64, 64), (1023, 17), (1100, 40)]
 CHANNELS = [(1, 1), (5, 1), (48, 1), (16, 2), (8, 8)]  # (C, G)
@@ -48,10 +49,14 @@ TILES = [  # (H, W), channels, tile: the kinds of launch that small pictures do 
     ((130, 97), 16, Tile(8, 1, 16, 4, 4, 1)),
     ((150, 190), 64, Tile(8, 1, 32, 8, 8, 2)),
     ((310, 318), 16, Tile(8, 1, 16, 16, 8, 2)),
+    ((33, 65), 48, WarpTile(8, 1, 2, 3, 5, 1)),
+    ((61, 90), 32, WarpTile(4, 1, 8, 1, 12, 2)),
+    ((130, 97), 16, WarpTile(8, 2, 2, 1, 2, 4)),
+    ((310, 318), 16, WarpTile(8, 2, 1, 1, 1, 8)),
 ]
 
 
-def run_tile(size: tuple[int, int], channels: int, tile: Tile) -> None:
+def run_tile(size: tuple[int, int], channels: int, tile: Tile | WarpTile) -> None:
     """A forward and a backward launch with a given tile."""
     grid, d = (1, *size), len(DIRECTIONS)
 
@@ -60,10 +65,14 @@ def run_tile(size: tuple[int, int], channels: int, tile: Tile) -> None:
 
     inputs = (draw(*grid, channels), draw(*grid, d, 1, 3), draw(*grid, d, channels), draw(*grid, d, channels))
     limit = cupy_backend.shared_limit(torch.cuda.current_device())
+    problems = [Problem(*grid, channels, 1, tuple(DIRECTIONS), 0, 2, backward) for backward in (False, True)]
     plans = [
-        tiled_plan(Problem(*grid, channels, 1, tuple(DIRECTIONS), 0, 2, backward), tile, True, limit)
-        for backward in (False, True)
+        tiled_plan(problem, tile, True, limit)
+        if isinstance(tile, Tile)
+        else warp_plan(problem, tile, True, limit)
+        for problem in problems
     ]
+    assert None not in plans, tile
     options = (DIRECTIONS, 0, True)
     _, state = scan_kernels.line_scan_forward(*inputs, *options, True, plan=plans[0])
     assert state is not None
@@ -74,10 +83,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="leave out the two tall shapes")
     parser.add_argument("--tall", action="store_true", help="only the two tall shapes")
+    parser.add_argument("--tiles", action="store_true", help="only the tiles that are asked for by name")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this needs a CUDA GPU")
-    shapes = SHAPES[:-2] if options.small else SHAPES[-2:] if options.tall else SHAPES
+    shapes = (
+        [] if options.tiles else SHAPES[:-2] if options.small else SHAPES[-2:] if options.tall else SHAPES
+    )
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     cases = list(itertools.product(shapes, CHANNELS, CHUNKS, dtypes))
     for index, (size, (channels, groups), chunk_size, dtype) in enumerate(cases):
