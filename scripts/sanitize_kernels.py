@@ -42,15 +42,16 @@ def run_case(
     scan_kernels.line_scan_backward(dy, x, weight, lam, gate, kept, *options)
 
 
-TILES = [  # (H, W), channels, tile: the kinds of launch that small pictures do not get by themselves
+# (H, W), channels, tile: the kinds of launch that small pictures do not get by themselves.
+TILES: list[tuple[tuple[int, int], int, Tile | WarpTile]] = [
     ((33, 65), 48, Tile(8, 3, 16, 1, 0, 1)),
     ((61, 90), 32, Tile(4, 1, 16, 2, 8, 4)),
     ((61, 90), 32, Tile(8, 3, 32, 2, 4, 2)),
     ((130, 97), 16, Tile(8, 1, 16, 4, 4, 1)),
     ((150, 190), 64, Tile(8, 1, 32, 8, 8, 2)),
     ((310, 318), 16, Tile(8, 1, 16, 16, 8, 2)),
-    ((33, 65), 48, WarpTile(8, 1, 2, 3, 5, 1)),
-    ((61, 90), 32, WarpTile(4, 1, 8, 1, 12, 2)),
+    ((33, 40), 48, WarpTile(8, 2, 2, 3, 2, 1)),
+    ((61, 90), 32, WarpTile(4, 1, 4, 1, 6, 2)),
     ((130, 97), 16, WarpTile(8, 2, 2, 1, 2, 4)),
     ((310, 318), 16, WarpTile(8, 2, 1, 1, 1, 8)),
 ]
