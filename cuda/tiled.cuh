@@ -74,9 +74,6 @@ template <int CLUSTER> __device__ __forceinline__ Tile make_tile(const Tiling& t
 
 // ---- asynchronous copies ------------------------------------------------------------------------
 
-__device__ __forceinline__ unsigned shared_address(const void* p) {
-  return (unsigned)__cvta_generic_to_shared(p);
-}
 // Older GPUs copy at once.
 #if __CUDA_ARCH__ >= 800
 __device__ __forceinline__ void copy16(unsigned to, const void* from) {
