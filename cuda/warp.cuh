@@ -215,7 +215,7 @@ struct Border {
     slice = k.lanes * VEC, settles = c == 0;
     there = (k.leads && k.start > 0) || (k.trails && k.start + k.span < k.positions);
     far = CLUSTER > 1 && (side ? row == rows - 1 : row == 0);
-    const int hop = far ? (1 - rows) * columns : columns, other = side ? k.warp + hop : k.warp - hop;
+    const int hop = there ? far ? (1 - rows) * columns : columns : 0, other = side ? k.warp + hop : k.warp - hop;
     slot = m.borders + (k.warp * 4 + side) * slice + c;
     barrier = shared_address(m.barriers + k.warp * 32 + side * 8);
     // What goes left arrives on the neighbour's right side, and the other way round.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gspn2_diffusion.cli import loading
+from gspn2_diffusion.cli import defaults, loading
 from gspn2_diffusion.cli.adapters import Lora, list_loras, require_peft
 from gspn2_diffusion.cli.console import UsageError
 from gspn2_diffusion.webapp.errors import AppError
@@ -28,6 +28,10 @@ class Shelf:
         if name and name not in self.models:
             raise AppError(f"The model must be one of: {', '.join(self.models)}.")
         return name or self.first
+
+    def sampling(self, name: str) -> tuple[int, float]:
+        """Steps and guidance that a model says it draws best with, else the usual ones."""
+        return defaults.sampling(self.models[name or self.first], None, None)
 
     def check_lora(self, name: str) -> str:
         """``name``, which may be empty for none; raises :class:`AppError` for one that is not here."""

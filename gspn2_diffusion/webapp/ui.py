@@ -9,7 +9,6 @@ from typing import Any
 
 import gradio as gr
 
-from gspn2_diffusion.cli import defaults
 from gspn2_diffusion.webapp import api
 from gspn2_diffusion.webapp.engine import Progress, Waiting
 from gspn2_diffusion.webapp.errors import AppError
@@ -143,6 +142,7 @@ class Page:
 
     def _build_more(self) -> None:
         limits, form = self.app.limits, self.form
+        steps, guidance = self.app.shelf.sampling("")
         form["negative_prompt"] = gr.Textbox(
             "", label="Negative prompt", placeholder="what to keep out", max_length=MAX_PROMPT
         )
@@ -150,14 +150,14 @@ class Page:
             form["steps"] = gr.Slider(
                 1,
                 limits.steps,
-                min(defaults.STEPS, limits.steps),
+                min(steps, limits.steps),
                 step=1,
                 label="Steps",
                 min_width=140,
                 elem_id="g2-steps",
             )
             form["guidance_scale"] = gr.Slider(
-                0, MAX_GUIDANCE, defaults.GUIDANCE, step=0.1, label="Guidance", min_width=140
+                0, MAX_GUIDANCE, guidance, step=0.1, label="Guidance", min_width=140
             )
         with gr.Row():
             form["scheduler"] = gr.Dropdown(
@@ -218,8 +218,14 @@ class Page:
         for size in sizes:
             size.input(None, None, self.aspect, js=f"() => {json.dumps(FREE)}", **QUIET)
         chips = [form["style"], form["background"]]
+        sampling = [form["steps"], form["guidance_scale"]]
         form["model"].input(
-            self._on_model, form["model"], chips, queue=False, trigger_mode="always_last", **QUIET
+            self._on_model,
+            form["model"],
+            [*chips, *sampling],
+            queue=False,
+            trigger_mode="always_last",
+            **QUIET,
         )
         filled = [*self.inputs, self.random, self.aspect, self.status]
         self.reuse.click(self._on_reuse, [self.chosen, *self.inputs], filled, **QUIET)
@@ -272,9 +278,13 @@ class Page:
     def _on_timer(self) -> tuple[str, Any]:
         return self._head_html(), gr.Timer(active=not self.app.engine.wait(0))
 
-    def _on_model(self, model: str) -> tuple[Any, Any]:
-        shown = self.app.has_chips(model)
-        return gr.Radio(visible=shown), gr.Radio(visible=shown)
+    def _on_model(self, model: str) -> tuple[Any, ...]:
+        shelf, shown = self.app.shelf, self.app.has_chips(model)
+        chips = gr.Radio(visible=shown), gr.Radio(visible=shown)
+        if len({shelf.sampling(name) for name in shelf.models}) == 1:
+            return *chips, gr.skip(), gr.skip()  # what the visitor chose stays
+        steps, guidance = shelf.sampling(model)
+        return *chips, min(steps, self.app.limits.steps), guidance
 
     def _on_generate(self, request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
         count = len(self.source.inputs)

@@ -113,7 +113,10 @@ def test_backward(size, channels, groups, tile, chunk, dtype, kind):
     got = {"dx": dx.double().sum(0), "dlam": dlam, "du": du} if u is not None else {"dx": dx.double().sum(0)}
     got["dweight"] = weights_through_normalization(summed, weight, normalize)
     for name, value in got.items():
-        assert relative_error(value, want[name]) <= BACKWARD_TOLERANCE[dtype], name
+        if want[name].norm() < 1e-12:  # the weights of a single line or of a single position
+            assert value.norm() < 1e-6, name
+        else:
+            assert relative_error(value, want[name]) <= BACKWARD_TOLERANCE[dtype], name
 
 
 def test_a_tile_that_does_not_reach_the_last_position_is_no_plan():
