@@ -46,7 +46,7 @@ __device__ __forceinline__ void advance(float (&g)[RUN][VEC], const float4 (&w)[
     before[n] = shuffle_up(w[RUN - 1].z * g[RUN - 1][n], k.lanes);
     after[n] = shuffle_down(w[0].x * g[0][n], k.lanes);
   }
-  const float left = k.leads ? 0.0f : 1.0f, right = k.trails ? 0.0f : 1.0f;
+  const float left = k.leads || k.idle ? 0.0f : 1.0f, right = k.trails || k.idle ? 0.0f : 1.0f;
 #pragma unroll
   for (int r = 0; r < RUN; ++r) {
     float dy[VEC], u[VEC];
@@ -118,11 +118,18 @@ __device__ __forceinline__ void weigh_gradients(float (&dw)[RUN][3], const float
         if (q - c >= 0 && q - c < RUN) dw[q - c][c] = fmaf(g[q - c][n], h[n], dw[q - c][c]);
   }
 #pragma unroll 1
-  for (int mask = k.lanes / 2; mask > 0; mask /= 2)
+  for (int left = k.lanes; left > 1;) {  // the first lane of a place ends up with the sum
+    const int half = (left + 1) / 2;
+    const bool adds = k.lane % k.lanes + half < left;
 #pragma unroll
     for (int r = 0; r < RUN; ++r)
 #pragma unroll
-      for (int c = 0; c < 3; ++c) dw[r][c] += shuffle_xor(dw[r][c], mask);
+      for (int c = 0; c < 3; ++c) {
+        const float other = shuffle_down(dw[r][c], half);
+        if (adds) dw[r][c] += other;
+      }
+    left = half;
+  }
 }
 
 template <int CLUSTER> __device__ __forceinline__ void line_scan(const Parameters& a) {

@@ -34,7 +34,7 @@ struct Line {
 // h of the next step: everything that needs no other warp before waiting for one.
 __device__ __forceinline__ void advance(float (&h)[RUN][VEC], const Line& at, const Border& border, const Tile& k, int step) {
   float before[VEC], after[VEC], next[RUN][VEC];
-  const float left = k.leads ? 0.0f : at.w[0].x, right = k.trails ? 0.0f : at.w[RUN - 1].z;
+  const float left = k.leads || k.idle ? 0.0f : at.w[0].x, right = k.trails || k.idle ? 0.0f : at.w[RUN - 1].z;
 #pragma unroll
   for (int n = 0; n < VEC; ++n) {
     before[n] = shuffle_up(h[RUN - 1][n], k.lanes);

@@ -17,7 +17,7 @@
 
 struct Tiling {
   int64 batch, height, width, channels, groups, directions, packed_directions, chunk_size, chunks;
-  int64 lanes;           // of a position, a power of two
+  int64 lanes;           // of a position, up to 16; what is left of 32 idles
   int64 channel_warps;   // of a block, each with other channels of the same positions
   int64 position_warps;  // of a block, one after the other along the line
   int64 slices;          // blocks beside each other over the channels
@@ -30,7 +30,7 @@ struct Tile {
   int lane, lanes, place, places, span;               // place: of this lane in its warp; span: positions of a warp
   int warp, rank, blocks;                             // warp of the block, block of the cluster
   int start, first;                                   // first position of the warp and of the lane
-  bool leads, trails;                                 // at the first and last place of its warp
+  bool leads, trails, idle;                           // at the first and last place of its warp, at none
 };
 
 template <int CLUSTER> __device__ __forceinline__ Tile make_tile(const Tiling& t) {
@@ -51,15 +51,17 @@ template <int CLUSTER> __device__ __forceinline__ Tile make_tile(const Tiling& t
   k.end = (int)min((int64)k.begin + t.chunk_size, (int64)k.lines);
   k.total = k.end - k.begin;
   k.lanes = (int)t.lanes, k.lane = threadIdx.x % 32;
-  k.places = 32 / k.lanes, k.place = k.lane / k.lanes, k.span = k.places * RUN;
-  k.leads = k.place == 0, k.trails = k.place == k.places - 1;
+  k.places = 32 / k.lanes, k.span = k.places * RUN;
+  k.idle = k.lane >= k.places * k.lanes;
+  k.place = k.idle ? k.places - 1 : k.lane / k.lanes;
+  k.leads = k.place == 0, k.trails = k.place == k.places - 1 && !k.idle;
   k.warp = threadIdx.x / 32, k.blocks = CLUSTER;
   const int column = k.warp / (int)t.channel_warps;
   k.slice = block_slice * (int)t.channel_warps + k.warp % (int)t.channel_warps;
   k.channel = (k.slice * k.lanes + k.lane % k.lanes) * VEC;
   k.group = k.channel / (int)(t.channels / t.groups);
   k.start = (k.rank * (int)t.position_warps + column) * k.span;
-  k.first = k.start + k.place * RUN;
+  k.first = k.idle ? k.positions : k.start + k.place * RUN;
   return k;
 }
 
@@ -142,7 +144,7 @@ struct Weigher {
 #pragma unroll 1
     for (int q = 0; q < span; q += 32)
 #pragma unroll 1
-      for (int j = 0; first_line + j < LINES; j += lines)
+      for (int j = first_line < lines ? 0 : LINES; first_line + j < LINES; j += lines)
         use(j * span + q + item, stage * LINES + first_line + j, start + q, nothing + j * line + q * position);
   }
 

@@ -11,6 +11,7 @@ from gspn2_diffusion.ops.plans import Plan, Problem, _ceil, _check_grid
 
 STAGES = 4  # as in cuda/warp.cuh
 CLUSTERS = (1, 2, 4, 8)
+LANES = (1, 2, 4, 6, 8, 12)  # rows of whole sectors of 32 bytes, but for the first
 LINES = {8: 4, 16: 2, 32: 1, 64: 1}  # of a stage, by the bytes that a lane copies of a line of one tensor
 # Channels and positions of a lane, by the bytes of an element and whether it is the backward kernel.
 WARP_RUNS = {
@@ -27,7 +28,7 @@ class WarpTile:
 
     Attributes:
         vec, run: channels and positions of a lane.
-        lanes: of a position, a power of two.
+        lanes: of a position.
         channel_warps, position_warps: of a block.
         cluster: blocks that share a line.
     """
@@ -110,7 +111,7 @@ def warp_tiles(problem: Problem, clusters: Sequence[int] = CLUSTERS) -> Iterator
     """
     longest = problem.line_lengths[-1]
     runs = WARP_RUNS[problem.itemsize, problem.backward]
-    for (vec, run), lanes, cluster in itertools.product(runs, (1, 2, 4, 8), clusters):
+    for (vec, run), lanes, cluster in itertools.product(runs, LANES, clusters):
         if vec * lanes * problem.itemsize < 16:
             continue
         tile = WarpTile(vec, run, lanes, 1, 1, cluster)

@@ -22,6 +22,7 @@ CASES = [  # (H, W), C, G, tile, chunk, dtype, options of the inputs
     ((7, 9), 48, 2, WarpTile(8, 1, 1, 3, 1, 1), 0, torch.bfloat16, {"normalize": False}),
     ((20, 70), 32, 2, WarpTile(8, 2, 2, 2, 3, 1), 7, torch.bfloat16, {}),
     ((6, 131), 32, 1, WarpTile(8, 1, 2, 2, 2, 8), 4, torch.bfloat16, {"with_u": False}),
+    ((40, 23), 48, 1, WarpTile(8, 2, 6, 1, 2, 2), 0, torch.bfloat16, {}),
     ((9, 140), 8, 1, WarpTile(4, 2, 2, 1, 3, 2), 0, torch.float32, {}),
     ((1, 7), 8, 1, WarpTile(4, 2, 2, 1, 3, 2), 0, torch.float32, {"with_u": False, "normalize": False}),
 ]
