@@ -10,13 +10,11 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from gspn2_diffusion.pipelines.guidance import Guidance
+from gspn2_diffusion.pipelines.model_folders import own_sampling
 from gspn2_diffusion.pipelines.sampling import Tensors
 
 StepCallback = Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks
 Generators = torch.Generator | list[torch.Generator]
-
-# What a call uses that names none, with a model that has no settings of its own.
-DEFAULT_STEPS, DEFAULT_GUIDANCE_SCALE = 20, 4.0
 
 # The arguments for texts that are encoded already, in the order in which `encode_prompt` returns them.
 EMBEDS = (
@@ -74,8 +72,5 @@ class CallInputs:
 
     def fill_defaults(self, config: Mapping[str, Any]) -> None:
         """Steps and guidance that the call does not name: the pipeline's own, or 20 and 4."""
-        if self.num_inference_steps is None:
-            self.num_inference_steps = config.get("default_steps") or DEFAULT_STEPS
-        if self.guidance.scale is None:
-            own = config.get("default_guidance_scale")
-            self.guidance.scale = DEFAULT_GUIDANCE_SCALE if own is None else own
+        found = own_sampling(config, self.num_inference_steps, self.guidance.scale)
+        self.num_inference_steps, self.guidance.scale = found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 import gspn2_diffusion.checkpoints
 
+# What a call uses that names none, with a model that has no settings of its own.
+DEFAULT_STEPS, DEFAULT_GUIDANCE_SCALE = 20, 4.0
 EMBEDDED_MODELS = ("gspn2-emoji",)
 INDEX_NAME = "model_index.json"
 
@@ -29,6 +31,18 @@ __all__ = ["{name}"]
 def __getattr__(name):
     return getattr(gspn2_diffusion, name)
 '''
+
+
+def own_sampling(
+    config: Mapping[str, Any], steps: int | None, guidance_scale: float | None
+) -> tuple[int, float]:
+    """Steps and guidance scale: what is given, else those in a pipeline's configuration, else 20 and 4."""
+    if steps is None:
+        steps = config.get("default_steps") or DEFAULT_STEPS
+    if guidance_scale is None:
+        own = config.get("default_guidance_scale")
+        guidance_scale = DEFAULT_GUIDANCE_SCALE if own is None else float(own)
+    return steps, guidance_scale
 
 
 def embedded_model_folder(name: str) -> Path:

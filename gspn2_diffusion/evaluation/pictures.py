@@ -38,13 +38,9 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> Any:
 
 def own_settings(pipeline: Any, steps: int | None, guidance: float | None) -> dict[str, Any]:
     """Steps and guidance that pictures are drawn with: what is given, else the model's own."""
-    from gspn2_diffusion.pipelines.call import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
+    from gspn2_diffusion.pipelines.model_folders import own_sampling
 
-    own = pipeline.config.get("default_guidance_scale")
-    return {
-        "steps": steps or pipeline.config.get("default_steps") or DEFAULT_STEPS,
-        "guidance": guidance if guidance is not None else DEFAULT_GUIDANCE_SCALE if own is None else own,
-    }
+    return dict(zip(("steps", "guidance"), own_sampling(pipeline.config, steps, guidance), strict=True))
 
 
 def generate(

@@ -111,7 +111,8 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _ceil(a: int, b: int) -> int:
+def ceil_div(a: int, b: int) -> int:
+    """``a / b``, rounded up."""
     return -(-a // b)
 
 
@@ -129,7 +130,7 @@ def generic_plan(problem: Problem, vec: int, shared_limit: int) -> Plan:
         ValueError: the problem needs more blocks than a launch has.
     """
     longest_line = problem.line_lengths[-1]
-    lanes = min(32, _power_of_two(_ceil(problem.per_group, vec)))
+    lanes = min(32, _power_of_two(ceil_div(problem.per_group, vec)))
     group_lanes = min(_power_of_two(problem.groups), 32 // lanes)
 
     def floats_per_position(lanes: int, group_lanes: int) -> int:
@@ -147,11 +148,11 @@ def generic_plan(problem: Problem, vec: int, shared_limit: int) -> Plan:
     floats = floats_per_position(lanes, group_lanes)
     shared = 4 * longest_line * floats
     fits = shared <= shared_limit
-    channel_slices = _ceil(problem.per_group, vec * lanes)
-    group_slices = _ceil(problem.groups, group_lanes)
-    chunks = _ceil(problem.lines, problem.chunk_lines)
+    channel_slices = ceil_div(problem.per_group, vec * lanes)
+    group_slices = ceil_div(problem.groups, group_lanes)
+    chunks = ceil_div(problem.lines, problem.chunk_lines)
     grid = channel_slices * group_slices * chunks * len(problem.directions) * problem.batch
-    _check_grid(grid, problem)
+    check_grid(grid, problem)
     per_position = lanes * group_lanes
     name = "line_scan_backward" if problem.backward else "line_scan_forward"
     return Plan(
@@ -176,7 +177,8 @@ def generic_plan(problem: Problem, vec: int, shared_limit: int) -> Plan:
     )
 
 
-def _check_grid(grid: int, problem: Problem) -> None:
+def check_grid(grid: int, problem: Problem) -> None:
+    """Raise ValueError where a launch cannot have so many blocks."""
     if grid > MAX_GRID:
         shape = (problem.batch, problem.height, problem.width, problem.channels)
         raise ValueError(f"x of shape {shape} needs {grid} blocks, more than the {MAX_GRID} of a launch")
@@ -196,16 +198,17 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
     unit = 128 // math.gcd(128, tile.slice * problem.itemsize)
     if tile.halo % unit or tile.halo % tile.stage_lines:
         return None
-    longest = _ceil(problem.line_lengths[-1], tile.cluster)
-    boxes = _ceil(longest + 2 * max(tile.halo, 1) + unit, MAX_BOX)
+    longest = ceil_div(problem.line_lengths[-1], tile.cluster)
+    boxes = ceil_div(longest + 2 * max(tile.halo, 1) + unit, MAX_BOX)
     widths = [
-        _ceil(_ceil(length, tile.cluster), unit * boxes) * unit * boxes for length in problem.line_lengths
+        ceil_div(ceil_div(length, tile.cluster), unit * boxes) * unit * boxes
+        for length in problem.line_lengths
     ]
     for length, width in zip(problem.line_lengths, widths, strict=True):
         if length - (tile.cluster - 1) * width < max(tile.halo, 1):
             return None  # the last block would have less than its neighbour needs
     extended = widths[-1] + 2 * tile.halo
-    consumers = 32 * _ceil(_ceil(extended, tile.run), 32 // lanes) if lanes <= 32 else MAX_GRID
+    consumers = 32 * ceil_div(ceil_div(extended, tile.run), 32 // lanes) if lanes <= 32 else MAX_GRID
     if consumers + HELPERS > (448 if tile.vec * tile.run >= 12 else 736):  # THREADS
         return None
     shared = max(tiled_shared_bytes(problem, tile, width, boxes, consumers) for width in widths)
@@ -214,9 +217,9 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
     if tile.stage_lines * (extended + 2) > WEIGHERS * ITEMS:
         return None
     slices = problem.channels // tile.slice
-    chunks = _ceil(problem.lines, problem.chunk_lines)
+    chunks = ceil_div(problem.lines, problem.chunk_lines)
     grid = tile.cluster * slices * chunks * len(problem.directions) * problem.batch
-    _check_grid(grid, problem)
+    check_grid(grid, problem)
     by_length = dict(zip(problem.line_lengths, widths, strict=True))
     across, down = by_length.get(problem.width, 0), by_length.get(problem.height, 0)
     source = "line_scan_backward_tiled" if problem.backward else "line_scan_forward_tiled"
@@ -254,7 +257,7 @@ def tiled_shared_bytes(problem: Problem, tile: Tile, width: int, boxes: int, con
     extended = width + 2 * tile.halo
     counts = (*[extended] * 2, *[width] * 2, width + 2) if problem.backward else (extended, extended, width)
     line = tile.stage_lines * tile.slice * problem.itemsize
-    stages = sum(boxes * _ceil(_ceil(count, boxes) * line, 128) * 128 for count in counts)
+    stages = sum(boxes * ceil_div(ceil_div(count, boxes) * line, 128) * 128 for count in counts)
     weights = 16 * 2 * tile.stage_lines * extended
     per_warp = 32 // (tile.slice // tile.vec)
     border = consumers // 32 * per_warp + 2 if tile.run == 1 else 2 * (consumers // 32 + 2)
@@ -301,8 +304,8 @@ def cost_terms(problem: Problem, plan: Plan, shared_limit: int, processors: int)
     )
     blocks = max(1, blocks)
     active = max(1, int(_ACTIVE[tile.cluster] * processors)) * blocks
-    times = _ceil(plan.grid // tile.cluster, active) * problem.chunk_lines
-    together = times * min(blocks, _ceil(plan.grid, processors))
+    times = ceil_div(plan.grid // tile.cluster, active) * problem.chunk_lines
+    together = times * min(blocks, ceil_div(plan.grid, processors))
     width = max(plan.widths)
     extended = width + 2 * tile.halo
     rows = 2 * extended + (6 if problem.backward else 2) * width

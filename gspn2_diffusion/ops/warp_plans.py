@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from gspn2_diffusion.ops.plans import Plan, Problem, _ceil, _check_grid
+from gspn2_diffusion.ops.plans import Plan, Problem, ceil_div, check_grid
 
 STAGES = 4  # as in cuda/warp.cuh
 CLUSTERS = (1, 2, 4, 8)
@@ -78,9 +78,9 @@ def warp_plan(problem: Problem, tile: WarpTile, normalize: bool, shared_limit: i
     if reach < problem.line_lengths[-1] or 32 * warps > tile.max_threads or shared > shared_limit:
         return None
     slices = problem.channels // (tile.slice * tile.channel_warps)
-    chunks = _ceil(problem.lines, problem.chunk_lines)
+    chunks = ceil_div(problem.lines, problem.chunk_lines)
     grid = tile.cluster * slices * chunks * len(problem.directions) * problem.batch
-    _check_grid(grid, problem)
+    check_grid(grid, problem)
     source = "line_scan_backward_warp" if problem.backward else "line_scan_forward_warp"
     return Plan(
         source=source,
@@ -115,7 +115,7 @@ def warp_tiles(problem: Problem, clusters: Sequence[int] = CLUSTERS) -> Iterator
         if vec * lanes * problem.itemsize < 16:
             continue
         tile = WarpTile(vec, run, lanes, 1, 1, cluster)
-        position_warps = _ceil(longest, cluster * tile.span)
+        position_warps = ceil_div(longest, cluster * tile.span)
         if cluster > 1 and (cluster - 1) * position_warps * tile.span >= longest:
             continue  # the last block would have nothing to do
         most = tile.max_threads // 32 // position_warps
@@ -165,9 +165,9 @@ def warp_cost_terms(
     )
     share = _ACTIVE[tile.cluster] if blocks == 1 else 1.0
     active = max(1, int(share * processors * blocks) // tile.cluster)
-    waves = _ceil(plan.grid // tile.cluster, active)
+    waves = ceil_div(plan.grid // tile.cluster, active)
     times = waves * problem.chunk_lines
-    resident = min(blocks, _ceil(plan.grid, processors))
+    resident = min(blocks, ceil_div(plan.grid, processors))
     warps = resident * plan.threads / 32
     row = tile.slice * problem.itemsize
     elements = warps * tile.span * tile.slice

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -324,15 +325,22 @@ def train_denoiser(run: Run, config: DenoiserConfig) -> Path:
         module.enable_gradient_checkpointing()
     state = prepare_state(run, module, plain_config(module))
     task = DenoiserTask(run, config, encoder, state)
+    fit_and_write(task, run, state, write_results)
+    return run.output / "pipeline"
+
+
+def fit_and_write(
+    task: DenoiserTask, run: Run, state: TrainState, write: Callable[[Any, Run, TrainState], None]
+) -> None:
+    """Train to the end of the budget; then the first process writes while the others wait."""
     try:
         fit(run, state, task)
     finally:
         task.close()
     check_terminated(state)
     if run.is_main:
-        write_results(task, run, state)
+        write(task, run, state)
     run.accelerator.wait_for_everyone()
-    return run.output / "pipeline"
 
 
 def write_results(task: DenoiserTask, run: Run, state: TrainState) -> None:

@@ -23,7 +23,7 @@ from gspn2_diffusion.training.denoiser import (
     DenoiserTask,
     Encoder,
     check_fit,
-    check_terminated,
+    fit_and_write,
     load_encoder,
     open_source,
     plain_config,
@@ -31,7 +31,7 @@ from gspn2_diffusion.training.denoiser import (
 )
 from gspn2_diffusion.training.few_step_config import FewStepConfig
 from gspn2_diffusion.training.latents import LatentBatch
-from gspn2_diffusion.training.loop import TrainState, fit, prepare_state
+from gspn2_diffusion.training.loop import TrainState, prepare_state
 from gspn2_diffusion.training.rings import TensorRing
 from gspn2_diffusion.training.runtime import Run, compile_in_place, parameter_count
 from gspn2_diffusion.training.students import load_teacher
@@ -284,12 +284,5 @@ def train_few_steps(run: Run, config: FewStepConfig) -> Path:
     compile_in_place(run, teacher)
     state = prepare_state(run, student, plain_config(student))
     task = FewStepTask(run, config, encoder, state, GuidedTeacher(teacher, config.teacher_guidance))
-    try:
-        fit(run, state, task)
-    finally:
-        task.close()
-    check_terminated(state)
-    if run.is_main:
-        write_results(task, run, state)
-    run.accelerator.wait_for_everyone()
+    fit_and_write(task, run, state, write_results)
     return run.output / "pipeline"

@@ -15,12 +15,12 @@ from gspn2_diffusion.training.config import ConfigError
 from gspn2_diffusion.training.denoiser import (
     DenoiserTask,
     Encoder,
-    check_terminated,
+    fit_and_write,
     load_encoder,
     plain_config,
 )
 from gspn2_diffusion.training.frozen import FrozenModels
-from gspn2_diffusion.training.loop import TrainState, fit, prepare_state
+from gspn2_diffusion.training.loop import TrainState, prepare_state
 from gspn2_diffusion.training.lora_config import LoraTrainConfig
 from gspn2_diffusion.training.model_card import card_text
 from gspn2_diffusion.training.runtime import Run
@@ -192,14 +192,7 @@ def train_lora(run: Run, config: LoraTrainConfig) -> Path:
     adapter = {name: getattr(config, name) for name in ("rank", "alpha", "dora", "target_modules")}
     state = prepare_state(run, module, plain_config(module) | adapter)
     task = LoraTask(run, config, encoder, state)
-    try:
-        fit(run, state, task)
-    finally:
-        task.close()
-    check_terminated(state)
-    if run.is_main:
-        _finish(task, run, state)
-    run.accelerator.wait_for_everyone()
+    fit_and_write(task, run, state, _finish)
     return run.output / "lora"
 
 

@@ -15,7 +15,7 @@ from tiny_models import build_tiny_pipeline
 
 from gspn2_diffusion.cli import defaults, generate
 from gspn2_diffusion.files import model_hash
-from gspn2_diffusion.pipelines.call import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
+from gspn2_diffusion.pipelines.model_folders import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
 from gspn2_diffusion.pipelines.pipeline_gspn2 import GSPN2Pipeline
 from gspn2_diffusion.png_metadata import read_parameters, read_settings
 
@@ -63,7 +63,7 @@ def test_picture_is_what_the_pipeline_draws(gspn2, tiny_model, tmp_path):
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(7)
     expected = pipe(
-        PROMPT, num_inference_steps=2, guidance_scale=defaults.GUIDANCE, generator=generator
+        PROMPT, num_inference_steps=2, guidance_scale=DEFAULT_GUIDANCE_SCALE, generator=generator
     ).images[0]
     with Image.open(path) as image:
         assert image.tobytes() == expected.tobytes()
@@ -128,7 +128,7 @@ def test_defaults_are_those_of_the_pipeline():
     parameters = inspect.signature(GSPN2Pipeline.__call__).parameters
     assert parameters["num_inference_steps"].default is None
     assert parameters["guidance_scale"].default is None
-    assert (defaults.STEPS, defaults.GUIDANCE) == (DEFAULT_STEPS, DEFAULT_GUIDANCE_SCALE)
+    assert (DEFAULT_STEPS, DEFAULT_GUIDANCE_SCALE) == (20, 4.0)  # as --help says
 
 
 def test_a_model_folder_may_have_its_own_steps_and_guidance(gspn2, tiny_model, tmp_path):
