@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,15 @@ def device_name(device: str) -> str:
 
 
 def start(commit: str | None, **settings: Any) -> Row:
-    """The head of a result: environment, date and commit (of the tree, where none is given), settings."""
-    return {**describe_environment(), **({"commit": commit} if commit else {}), **settings}
+    """The head of a result: environment, date and commit (of the tree, where none is given), run, settings."""
+    named = {"commit": commit} if commit else {}
+    # Not the date: two runs can be made within a second.
+    return {**describe_environment(), **named, "run": uuid.uuid4().hex[:12], **settings}
 
 
 def stamp(rows: Sequence[Row], head: Row) -> list[Row]:
     """Rows that say which run made them; rows of one run share both."""
-    return [{**row, "run": head["date"], "commit": head["commit"]} for row in rows]
+    return [{**row, "run": head["run"], "date": head["date"], "commit": head["commit"]} for row in rows]
 
 
 def merge(path: Path, head: Row, rows: Sequence[Row], key: Sequence[str]) -> list[Row]:
