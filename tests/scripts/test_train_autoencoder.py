@@ -31,8 +31,13 @@ def train(root, output, **changes):
     return output
 
 
-def test_training_improves_and_saves_latent_statistics(root):
-    output = train(root, root / "run", checkpoint_steps=6, keep_checkpoints=3)
+@pytest.fixture(scope="module")
+def output(root):
+    """A whole run; a fixture, as the tests that look at it may be given to different processes."""
+    return train(root, root / "run", checkpoint_steps=6, keep_checkpoints=3)
+
+
+def test_training_improves_and_saves_latent_statistics(root, output):
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     ratio = [line["psnr"] for line in lines if "psnr" in line]
     assert ratio[-1] > ratio[0] + 1
@@ -47,14 +52,14 @@ def test_training_improves_and_saves_latent_statistics(root):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_statistics_normalise_latents(root):
+def test_statistics_normalise_latents(root, output):
     from gspn2_diffusion.training.config import AutoencoderConfig
     from gspn2_diffusion.training.data import split_records
     from gspn2_diffusion.training.emoji import load_sprites
     from gspn2_diffusion.training.scene_clutter import clutter
     from gspn2_diffusion.training.scenes import compose
 
-    vae = AutoencoderKL.from_pretrained(root / "run" / "vae", dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(output / "vae", dtype=torch.float32)
     records = split_records(AutoencoderConfig(data=str(root / "emoji")), "train", ("all",))
     pixels = compose(load_sprites(records, size=32), clutter(64, len(records), 3, (9,), single=0.85), 16)
     with torch.no_grad():
