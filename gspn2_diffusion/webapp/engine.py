@@ -293,17 +293,17 @@ def _check_size(pipe: Any, request: DrawRequest) -> None:
 
 
 def _collect(events: queue.Queue[Any]) -> Iterator[Event]:
-    """Events as they come; of several progress reports that have piled up only the last one."""
+    """Events as they come; of progress reports that have piled up in a row only the last one."""
     while True:
         batch = [events.get()]
         while not events.empty():
             batch.append(events.get())
-        for index, event in enumerate(batch):
+        for event, following in zip(batch, [*batch[1:], None], strict=True):
             if event is None:
                 return
             if isinstance(event, BaseException):
                 raise event
-            if not isinstance(event, Progress) or index == len(batch) - 1:
+            if not (isinstance(event, Progress) and isinstance(following, Progress)):
                 yield event
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import queue
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from PIL import Image
 from gspn2_diffusion.cli import run
 from gspn2_diffusion.cli.console import CliError
 from gspn2_diffusion.png_metadata import read_settings
-from gspn2_diffusion.webapp.engine import Engine, Finished, Progress, Waiting
+from gspn2_diffusion.webapp.engine import Engine, Event, Finished, Progress, Waiting, _collect
 from gspn2_diffusion.webapp.errors import AppError
 from gspn2_diffusion.webapp.limits import DrawRequest
 from gspn2_diffusion.webapp.samplers import SCHEDULERS
 from gspn2_diffusion.webapp.shelf import build_shelf
 
+HANGS = 600  # seconds after which something will never happen, however busy the machine
 REQUEST = DrawRequest("a red apple", "blue", 32, 16, 3, 2.0, "euler", 5, 1)
 
 
@@ -56,8 +58,21 @@ def test_schedulers_report_progress_to_the_end(engine: Engine, name: str) -> Non
     assert np.array_equal(np.asarray(again.picture), np.asarray(finished.picture))
 
 
+def test_of_reports_that_pile_up_the_last_before_a_picture_is_kept() -> None:
+    """However late the reader comes: what it is told about a picture ends with that picture's last step."""
+    picture = Image.new("RGB", (8, 8))
+    waiting: queue.Queue[Event | None] = queue.Queue()
+    for number in range(2):
+        for done in (1, 2, 3):
+            waiting.put(Progress(number, 2, done, 3, 0.0, None))
+        waiting.put(Finished(number, 2, picture, None))  # type: ignore[arg-type]
+    waiting.put(None)
+    seen = [(type(event), event.number, getattr(event, "done", None)) for event in _collect(waiting)]
+    assert seen == [(Progress, 0, 3), (Finished, 0, None), (Progress, 1, 3), (Finished, 1, None)]
+
+
 def test_stop_ends_everything_that_was_asked_for(engine: Engine) -> None:
-    stop, many = threading.Event(), 10_000  # steps of a tiny model may outrun this thread, but not so many
+    stop, many = threading.Event(), 100_000  # steps of a tiny model may outrun this thread, but not so many
     events = []
     for event in engine.draw(request(steps=many, count=3), stop):
         events.append(event)
@@ -97,15 +112,15 @@ def test_closing_the_iterator_frees_the_model(engine: Engine, monkeypatch: pytes
         calls += 1
         if calls == 2:
             second.set()
-            closing.wait(60)
+            closing.wait(HANGS)
         return predict(*args)
 
     monkeypatch.setattr(pipe, "predict_velocity", held)
     stop = threading.Event()
     events = engine.draw(request(steps=50), stop)
     next(events)
-    assert second.wait(60)
-    threading.Thread(target=lambda: (stop.wait(60), closing.set())).start()
+    assert second.wait(HANGS)
+    threading.Thread(target=lambda: (stop.wait(HANGS), closing.set())).start()
     events.close()  # sets the stop signal, which lets the second step go on
     assert calls == 2
     assert len(engine.line) == 0
