@@ -7,9 +7,10 @@ import multiprocessing
 import os
 import resource
 import signal
-import socket
 from pathlib import Path
 from typing import Any
+
+from ports import reserved_port
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -125,25 +126,20 @@ def train_together(name: str, options: list[str], processes: int, **environment:
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
         "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",  # else accelerate counts cores, which not every machine lists
         **environment,
     }
     started = []
-    for rank in range(processes):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        process = CONTEXT.Process(target=_join, args=(name, options, shared | own))
-        process.start()
-        started.append(process)
-    for process in started:
-        process.join(600)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
+    with reserved_port() as port:
+        for rank in range(processes):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
+            process = CONTEXT.Process(target=_join, args=(name, options, shared | own))
+            process.start()
+            started.append(process)
+        for process in started:
+            process.join(600)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
     return [process.exitcode for process in started]
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])

@@ -24,20 +24,24 @@ CONTEXT.set_forkserver_preload(
 def command(arguments: list[str], environment: dict[str, str]) -> None:
     """Runs in the child."""
     os.environ.update(environment)
+    import torch
+
     from gspn2_diffusion.cli import run
+
+    torch.set_num_threads(1)  # OMP_NUM_THREADS was read when the server imported torch
 
     sys.exit(run(arguments))
 
 
 def start(*arguments: object, **environment: object) -> BaseProcess:
-    """``gspn2 ...`` in a new process. After a fork torch wants one thread."""
+    """``gspn2 ...`` in a new process, in which torch has one thread: all that it can have after a fork."""
     strings = {name: str(value) for name, value in environment.items()}
     process = CONTEXT.Process(target=command, args=([str(a) for a in arguments], strings))
     process.start()
     return process
 
 
-def finish(process: BaseProcess, seconds: float = 120) -> int | None:
+def finish(process: BaseProcess, seconds: float = 600) -> int | None:
     """The exit code; a process that hangs is killed."""
     process.join(seconds)
     if process.exitcode is None:
