@@ -1,5 +1,5 @@
-// What is written in PTX, and the element types. Nothing else in the warp kernels is, so that tests can put a version
-// for the processor in this file's place.
+// What is written in PTX, and the element types. Nothing else is, but for the tiled kernels, so that tests can put a
+// version for the processor in this file's place.
 //
 // Set by the preamble that the loader puts in front of the source:
 //   SCALAR  0 float32, 1 bfloat16, 2 float16
@@ -87,8 +87,9 @@ template <typename T> __device__ __forceinline__ T shuffle_up(T value, int lanes
 template <typename T> __device__ __forceinline__ T shuffle_down(T value, int lanes) {
   return __shfl_down_sync(0xffffffffu, value, lanes);
 }
-template <typename T> __device__ __forceinline__ T shuffle_xor(T value, int mask) {
-  return __shfl_xor_sync(0xffffffffu, value, mask);
+template <typename T>
+__device__ __forceinline__ T shuffle_xor(T value, int mask, unsigned lanes = 0xffffffffu) {  // lanes: that take part
+  return __shfl_xor_sync(lanes, value, mask);
 }
 
 // ---- shared memory ------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ struct Parameters {
 };
 
 extern "C" __global__ void __launch_bounds__(512) line_scan_backward(const __grid_constant__ Parameters a) {
-  extern __shared__ __align__(16) float shared[];
+  SHARED_MEMORY(bytes);
+  float* const shared = reinterpret_cast<float*>(bytes);
   const Shape shape = make_shape(a.shape);
   const Task k = make_task(shape);
   if (k.begin >= k.end) return;
@@ -112,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(512) line_scan_backward(const __gri
       }
       for (int offset = shape.lanes_per_group / 2; offset > 0; offset /= 2) {
 #pragma unroll
-        for (int n = 0; n < 3; ++n) dw[n] += __shfl_xor_sync(group_mask, dw[n], offset);
+        for (int n = 0; n < 3; ++n) dw[n] += shuffle_xor(dw[n], offset, group_mask);
       }
       if (a.dweight && k.active && k.group_lane == 0) {
         if (a.normalize) weights_backward(dw, w, raw, p, k.positions);

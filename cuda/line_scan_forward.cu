@@ -16,7 +16,8 @@ struct Parameters {
 };
 
 extern "C" __global__ void __launch_bounds__(512) line_scan_forward(const __grid_constant__ Parameters a) {
-  extern __shared__ __align__(16) float shared[];
+  SHARED_MEMORY(bytes);
+  float* const shared = reinterpret_cast<float*>(bytes);
   const Shape shape = make_shape(a.shape);
   const Task k = make_task(shape);
   if (k.begin >= k.end) return;  // directions with fewer lines have fewer chunks

@@ -1,7 +1,8 @@
-"""Runs the warp kernels on the processor: g++ compiles them with ``emulator/`` in place of the PTX."""
+"""Runs the kernels on the processor: g++ compiles them with ``emulator/`` in place of the PTX."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -9,14 +10,16 @@ import re
 import subprocess
 import tempfile
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
 import torch
 
-from gspn2_diffusion.ops import cupy_backend
+from gspn2_diffusion.ops import cupy_backend, launches
 from gspn2_diffusion.ops.plans import Plan
 
+SHARED_LIMIT = 227 * 1024
 HERE = Path(__file__).parent / "emulator"
 PROBLEMS = {
     1: "nothing could go on: a deadlock",
@@ -28,7 +31,7 @@ PROBLEMS = {
 @functools.cache
 def library(source: str, dtype: torch.dtype, vec: int, run: int, entry: str) -> ctypes.CDLL:
     code = cupy_backend.kernel_source(source, dtype, vec, run, folders=(HERE, cupy_backend.source_folder()))
-    cluster = entry.rsplit("_", 1)[1]
+    cluster = entry.rsplit("_", 1)[1] if source in cupy_backend.WARP else "1"
     code = re.sub(rf"^ENTRY\((?!{cluster},).*$", "", code, flags=re.MULTILINE)  # other cluster sizes
     code = f"""#include "{HERE / "emulator.hpp"}"
 {code}
@@ -58,22 +61,38 @@ extern "C" int emulate(const void* parameters, int grid, int threads, int shared
     return loaded
 
 
-def launch(
-    plan: Plan, dtype: torch.dtype, pointers: Sequence[int], strides: Sequence[int], seed: int = 0
-) -> None:
-    """What :func:`cupy_backend.launch` does, on tensors in main memory.
+def starter(plan: Plan, dtype: torch.dtype, device: object, seed: int = 0) -> Callable[[array[int]], None]:
+    """What :func:`cupy_backend.starter` does, for tensors in main memory.
 
     Raises:
-        RuntimeError: the kernel hangs or breaks a rule.
+        RuntimeError: when it is called, and the kernel hangs or breaks a rule.
     """
-    struct = array("q", (*pointers, *plan.parameters, *strides))
     emulate = library(plan.source, dtype, plan.vec, plan.run, plan.entry).emulate
-    status = emulate(
-        ctypes.c_void_p(struct.buffer_info()[0]),
-        plan.grid,
-        plan.threads,
-        plan.shared_bytes,
-        ctypes.c_uint(seed),
-    )
-    if status:
-        raise RuntimeError(f"{plan.entry}: {PROBLEMS[status]}")
+
+    def start(struct: array[int]) -> None:
+        address = ctypes.c_void_p(struct.buffer_info()[0])
+        status = emulate(address, plan.grid, plan.threads, plan.shared_bytes, ctypes.c_uint(seed))
+        if status:
+            raise RuntimeError(f"{plan.entry}: {PROBLEMS[status]}")
+
+    return start
+
+
+@contextlib.contextmanager
+def emulated(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Lets ``scan_kernels`` take tensors in main memory; whatever it allocates is NaN at first."""
+    caches = (launches.forward_launch, launches.backward_launch, launches.finish_launch)
+    patch.setattr(cupy_backend, "starter", starter)
+    patch.setattr(cupy_backend, "bind", lambda device: None)
+    patch.setattr(cupy_backend, "processors", lambda device: 2)
+    patch.setattr(cupy_backend, "shared_limit", lambda device: SHARED_LIMIT)
+    patch.setattr(torch.cuda, "current_device", lambda: None)  # the index of the processor
+    patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        for each in caches:
+            each.cache_clear()

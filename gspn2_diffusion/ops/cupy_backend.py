@@ -12,7 +12,7 @@ import os
 import re
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -263,7 +263,11 @@ def tensor_map(
 # ---- launch -------------------------------------------------------------------------------------
 
 
-_PADDING = (0,) * 8  # a struct with maps is padded to a multiple of 64 bytes
+@functools.cache
+def _set_device() -> Callable[[int], None]:
+    from cupy_backends.cuda.api import runtime
+
+    return runtime.setDevice  # type: ignore[no-any-return]
 
 
 def bind(device: int) -> None:
@@ -272,36 +276,23 @@ def bind(device: int) -> None:
     torch remembers which device is current and may not have told the driver in a thread that is new, such as
     that of the backward pass.
     """
-    from cupy_backends.cuda.api import runtime
-
-    runtime.setDevice(device)
+    _set_device()(device)
 
 
-def launch(
-    plan: Plan,
-    dtype: torch.dtype,
-    device: int,
-    pointers: Sequence[int],
-    strides: Sequence[int],
-    maps: Sequence[int] = (),
-) -> None:
-    """Launch a plan on the current device and torch's current stream.
+def starter(plan: Plan, dtype: torch.dtype, device: int) -> Callable[[array[int]], None]:
+    """What launches a plan on the current device, which is ``device``, and torch's current stream.
 
-    The kernel takes maps, pointers, the plan's parameters and strides, in this order, as one struct of
-    64-bit members. CuPy's own call would convert every argument and switch device and stream each time, so
-    the driver is called through CuPy's binding instead.
+    It takes the kernel's argument, one struct of 64-bit members. CuPy's own call would convert every argument
+    and switch device and stream each time, so the driver is called through CuPy's binding instead.
     """
     from cupy_backends.cuda.api import driver
 
     function = _kernel(device, plan.source, plan.entry, dtype, plan.vec, plan.run).kernel.ptr
-    struct = array("q", (*maps, *pointers, *plan.parameters, *strides, *_PADDING))
-    arguments = array("Q", (struct.buffer_info()[0],))
-    driver.launchKernel(
-        function,
-        *(plan.grid, 1, 1),
-        *(plan.threads, 1, 1),
-        plan.shared_bytes,
-        torch.cuda.current_stream(device).cuda_stream,
-        arguments.buffer_info()[0],
-        0,
-    )
+    sizes = (plan.grid, 1, 1, plan.threads, 1, 1, plan.shared_bytes)
+    launch, stream = driver.launchKernel, torch.cuda.current_stream
+
+    def start(struct: array[int]) -> None:
+        arguments = array("Q", (struct.buffer_info()[0],))
+        launch(function, *sizes, stream(device).cuda_stream, arguments.buffer_info()[0], 0)
+
+    return start

@@ -73,17 +73,14 @@ def line_scan(
         ValueError: shapes, devices or options do not fit together.
         RuntimeError: ``backend="cupy"`` cannot run here.
     """
+    if torch.is_autocast_enabled(device_type := _check_tensors(x, weight, lam, u)):
+        x, weight, lam, u = _cast(device_type, x, weight, lam, u)
     codes = _check(x, weight, lam, u, directions, chunk_size, backend)
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        x, weight, lam = x.to(dtype), weight.to(dtype), lam.to(dtype)
-        u = None if u is None else u.to(dtype)
-    _check_dtypes(x, weight, lam, u)
     if _choose_backend(backend, x) == "reference":
         return line_scan_reference(x, weight, lam, u, directions, chunk_size, normalize)
-    tensors = (x, weight, lam) if u is None else (x, weight, lam, u)
-    save_state = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    save_state = torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or lam.requires_grad or (u is not None and u.requires_grad)
+    )
     arguments = (x, weight, lam, u, codes, chunk_size or 0, normalize)
     if torch.compiler.is_compiling() or type(x) not in _EAGER_TYPES:  # traced, faked or wrapped
         return line_scan_forward(*arguments, save_state)[0]
@@ -137,6 +134,24 @@ def _announce(choice: str, why: str) -> None:
     _log_choice(choice, why)
 
 
+def _check_tensors(x: Tensor, weight: Tensor, lam: Tensor, u: Tensor | None) -> str:
+    """The type of the device of ``x``, once all are found to be tensors."""
+    for name, tensor in (("x", x), ("weight", weight), ("lam", lam), ("u", u)):
+        if not isinstance(tensor, Tensor) and not (name == "u" and tensor is None):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    return x.device.type
+
+
+def _cast(
+    device_type: str, x: Tensor, weight: Tensor, lam: Tensor, u: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The tensors in autocast's dtype; float64 stays what it is."""
+    if x.dtype == torch.float64:
+        return x, weight, lam, u
+    dtype = torch.get_autocast_dtype(device_type)
+    return x.to(dtype), weight.to(dtype), lam.to(dtype), None if u is None else u.to(dtype)
+
+
 def _check(
     x: Tensor,
     weight: Tensor,
@@ -146,35 +161,41 @@ def _check(
     chunk_size: int | None,
     backend: str,
 ) -> list[int]:
-    """The directions' codes, once everything but the dtypes is found right."""
-    for name, tensor in (("x", x), ("weight", weight), ("lam", lam), ("u", u)):
-        if not isinstance(tensor, Tensor) and not (name == "u" and tensor is None):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    """The directions' codes, once everything is found right."""
     if not isinstance(directions, (tuple, list)) or not all(isinstance(name, str) for name in directions):
         _check_directions(directions)
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size must be None or an integer >= 1, got {chunk_size!r}")
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    gate = x if u is None else u  # what is not there is as the rest
     shapes = (x.shape, weight.shape, lam.shape, None if u is None else u.shape)
-    devices = (x.device, weight.device, lam.device, x.device if u is None else u.device)
+    devices = (x.device, weight.device, lam.device, gate.device)
+    dtypes = (x.dtype, weight.dtype, lam.dtype, gate.dtype)
     # Sizes may be symbols while tracing, which no cache can hold.
     check = _check_once.__wrapped__ if torch.compiler.is_compiling() else _check_once
-    return list(check(shapes, devices, tuple(directions)))
+    return list(check(shapes, devices, dtypes, tuple(directions)))
 
 
 @functools.lru_cache(maxsize=4096)
 def _check_once(
     shapes: tuple[torch.Size, torch.Size, torch.Size, torch.Size | None],
     devices: tuple[torch.device, ...],
+    dtypes: tuple[torch.dtype, ...],
     directions: tuple[str, ...],
 ) -> tuple[int, ...]:
     """What a call of the same shapes need not check again; an error is raised every time."""
     _check_directions(directions)
     _check_shapes(*shapes, len(directions))
-    for name, device in zip(("weight", "lam", "u"), devices[1:], strict=True):
+    if dtypes[0] not in _REFERENCE_DTYPES:
+        raise TypeError(
+            f"x has dtype {dtypes[0]}; supported are float32, bfloat16, float16 (and float64, reference)"
+        )
+    for name, device, dtype in zip(("weight", "lam", "u"), devices[1:], dtypes[1:], strict=True):
         if device != devices[0]:
             raise ValueError(f"{name} is on {device}, but x is on {devices[0]}; use one device")
+        if dtype != dtypes[0]:
+            raise TypeError(f"{name} has dtype {dtype}, but x has {dtypes[0]}; use one dtype")
     return tuple(DIRECTIONS.index(name) for name in directions)
 
 
@@ -201,13 +222,3 @@ def _check_shapes(
         raise ValueError(f"weight must have shape (B, H, W, D, G, 3) = {expected}, got {tuple(weight)}")
     if weight[4] < 1 or channels % weight[4]:
         raise ValueError(f"weight has G = {weight[4]} groups, which must divide the {channels} channels of x")
-
-
-def _check_dtypes(x: Tensor, weight: Tensor, lam: Tensor, u: Tensor | None) -> None:
-    if x.dtype not in _REFERENCE_DTYPES:
-        raise TypeError(
-            f"x has dtype {x.dtype}; supported are float32, bfloat16, float16 (and float64, reference)"
-        )
-    for name, tensor in (("weight", weight), ("lam", lam), ("u", u)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(f"{name} has dtype {tensor.dtype}, but x has {x.dtype}; use one dtype")

@@ -41,8 +41,8 @@ template <typename T> T shuffle_up(T value, int lanes) {
 template <typename T> T shuffle_down(T value, int lanes) {
   return emulator::exchange(value, emulator::current->index % 32 + lanes);
 }
-template <typename T> T shuffle_xor(T value, int mask) {
-  return emulator::exchange(value, (emulator::current->index % 32) ^ mask);
+template <typename T> T shuffle_xor(T value, int mask, unsigned lanes = 0xffffffffu) {
+  return emulator::exchange(value, (emulator::current->index % 32) ^ mask, lanes);
 }
 
 inline unsigned shared_address(const void* p) { return emulator::address_of(p); }

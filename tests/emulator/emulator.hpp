@@ -1,4 +1,4 @@
-// Runs the warp kernels on the processor: every thread of a cluster is a fiber, and a scheduler lets the warps run in
+// Runs the kernels on the processor: every thread of a cluster is a fiber, and a scheduler lets the warps run in
 // random order. Asynchronous copies arrive as late as they may, their targets are poisoned until then, and other blocks'
 // floats arrive after a random delay. Only the logic is checked, not the memory model of a GPU.
 #pragma once
@@ -11,6 +11,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <vector>
@@ -43,10 +44,17 @@ namespace emulator {
 
 struct Failure { const char* what; };
 
-struct Warp {
+// Lanes of a warp that meet.
+struct Meeting {
   int arrived = 0;
   long generation = 0;
   uint64_t values[2][32];
+};
+
+struct Warp {
+  Meeting all;
+  std::map<unsigned, Meeting> some;  // by the lanes that take part
+  Meeting& of(unsigned lanes) { return lanes == 0xffffffffu ? all : some[lanes]; }
 };
 
 struct Barrier { int expected, pending, bytes; long phase; bool made; };
@@ -105,20 +113,20 @@ template <typename F> void wait_until(F condition) {
 }
 
 inline Warp& warp() { return current->block->warps[current->index / 32]; }
-inline void warp_meet() {
-  Warp& w = warp();
-  const long generation = w.generation;
-  if (++w.arrived == 32) w.arrived = 0, ++w.generation, ++progress;
-  wait_until([&] { return w.generation != generation; });
+inline void meet(Meeting& m, unsigned lanes) {
+  const long generation = m.generation;
+  if (++m.arrived == __builtin_popcount(lanes)) m.arrived = 0, ++m.generation, ++progress;
+  wait_until([&] { return m.generation != generation; });
 }
-template <typename T> T exchange(T value, int from) {
+template <typename T> T exchange(T value, int from, unsigned lanes = 0xffffffffu) {
   static_assert(sizeof(T) <= 8);
-  Warp& w = warp();
-  const int lane = current->index % 32, buffer = (int)(w.generation & 1);
-  memcpy(&w.values[buffer][lane], &value, sizeof(T));
-  warp_meet();
+  Meeting& m = warp().of(lanes);
+  const int lane = current->index % 32, buffer = (int)(m.generation & 1);
+  if (!(lanes >> lane & 1)) fail("a lane takes part that is not named");
+  memcpy(&m.values[buffer][lane], &value, sizeof(T));
+  meet(m, lanes);
   T out;
-  memcpy(&out, &w.values[buffer][from < 0 || from > 31 ? lane : from], sizeof(T));
+  memcpy(&out, &m.values[buffer][from < 0 || from > 31 ? lane : from], sizeof(T));
   return out;
 }
 
@@ -175,7 +183,7 @@ inline void make_cluster(int first, int blocks, int threads, int shared_bytes) {
     b->memory.assign(shared_bytes + 128, (char)0xff);  // NaN until written
     b->base = b->memory.data() + (128 - (uintptr_t)b->memory.data() % 128) % 128;
     b->index = first + rank, b->rank = rank;
-    b->warps.resize(threads / 32);
+    b->warps.resize((threads + 31) / 32);
     for (int n = 0; n < threads; ++n) {
       auto t = std::make_unique<Thread>();
       t->stack.reset(new char[1 << 15]);
@@ -201,8 +209,9 @@ inline int run_cluster() {
     bool alive = false;
     const int first = random() % 32;
     for (int n = 0; n < 32; ++n) {
-      Thread* t = block->threads[w * 32 + (first + n) % 32].get();
-      if (t->done) continue;
+      const size_t index = w * 32 + (first + n) % 32;
+      if (index >= block->threads.size() || block->threads[index]->done) continue;
+      Thread* t = block->threads[index].get();
       current = t;
       swapcontext(&scheduler, &t->context);
       alive = alive || !t->done;
@@ -236,7 +245,7 @@ inline Index thread_index{{[] { return current->index; }}}, block_index{{[] { re
 #define blockDim emulator::block_dim
 #define gridDim emulator::grid_dim
 
-inline void __syncwarp() { emulator::warp_meet(); }
+inline void __syncwarp() { emulator::meet(emulator::warp().all, 0xffffffffu); }
 inline void __syncthreads() {
   auto& b = *emulator::current->block;
   const long generation = b.generation;

@@ -1,0 +1,290 @@
+"""Launches that are ready but for the tensors' addresses, kept for every shape and layout that occurs.
+
+On small pictures, choosing a plan and packing a kernel's arguments costs the host more than the kernel costs
+the GPU, so everything that follows from shapes and strides is done once.
+"""
+
+from __future__ import annotations
+
+import functools
+from array import array
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from gspn2_diffusion.ops import cupy_backend
+from gspn2_diffusion.ops.plans import MAX_BOX, Plan, Problem, choose_tile, generic_plan, tiled_plan
+
+Strides = tuple[int, ...]
+
+# Positions of a tile that a copy takes beside its own.
+HALO, OWN, AROUND, STORE = range(4)  # stored are single lines
+
+
+class Setting(NamedTuple):
+    """What a scan is asked to do, but for its tensors."""
+
+    dtype: torch.dtype
+    device: int  # index of the CUDA device
+    directions: tuple[int, ...]
+    chunk: int  # 0 for none
+    normalize: bool
+
+
+class Mapped(NamedTuple):
+    """An operand that a tiled kernel copies through tensor maps."""
+
+    pointer: int  # which of the launch's addresses
+    kind: int  # HALO, OWN, AROUND or STORE
+    strides: Strides  # of B, H, W and, where it has one, D
+
+
+def choose_plan(
+    shape: Strides, groups: int, setting: Setting, backward: bool, strides: Sequence[Strides], alignment: int
+) -> Plan:
+    """The plan for a problem and its tensors' layouts: tiled where 16-byte vectors allow, else generic.
+
+    Args:
+        shape: ``(B, H, W, C)``.
+        strides: of each tensor that is read in vectors, of all dimensions but the last, which has stride 1.
+        alignment: the tensors' addresses modulo 16, combined by bitwise or.
+    """
+    dtype, device, directions, chunk, normalize = setting
+    batch, height, width, channels = shape
+    itemsize = dtype.itemsize
+    problem = Problem(batch, height, width, channels, groups, directions, chunk, itemsize, backward)
+    vec = _vector_width(problem, strides, alignment)
+    limit = cupy_backend.shared_limit(device)
+    # The accelerator does not take a stride of zero, as an expanded tensor has.
+    sizes = (problem.batch, problem.height, problem.width, len(directions))
+    dense = all(
+        stride > 0 or size == 1 for each in strides for stride, size in zip(each, sizes, strict=False)
+    )
+    if vec * problem.itemsize == 16 and dense:
+        tile = choose_tile(problem, cupy_backend.clusters(device), limit, cupy_backend.processors(device))
+        plan = None if tile is None else tiled_plan(problem, tile, normalize, limit)
+        if plan is not None:
+            return plan
+    return generic_plan(problem, vec, limit)
+
+
+def _vector_width(problem: Problem, strides: Sequence[Strides], alignment: int) -> int:
+    """Elements of the widest access, up to 16 bytes, that every tensor's address and strides allow."""
+    sizes = (problem.batch, problem.height, problem.width, len(problem.directions))
+    vec = 16 // problem.itemsize
+    while vec > 1:
+        if (
+            problem.per_group % vec == 0
+            and alignment % (vec * problem.itemsize) == 0
+            and all(
+                stride % vec == 0 or size == 1
+                for each in strides
+                for stride, size in zip(each, sizes, strict=False)
+            )
+        ):
+            break
+        vec //= 2
+    return vec
+
+
+class Launch:
+    """A plan for tensors of given shape and strides; called with their addresses.
+
+    Args:
+        shape: ``(B, H, W, C)``.
+        strides: as the kernel takes them, after the plan's parameters.
+        mapped: the operands that a tiled plan copies.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        shape: Strides,
+        setting: Setting,
+        strides: Sequence[int],
+        mapped: Sequence[Mapped] = (),
+    ) -> None:
+        self.plan = plan
+        self.device = setting.device
+        generic = plan.source in cupy_backend.GENERIC
+        flags = (int(setting.normalize),) if generic else ()
+        self.scratch_floats = plan.scratch_floats if generic else None
+        padding = (0,) * 8 if plan.tile is not None else ()  # with maps, the struct is a multiple of 64 bytes
+        self._rest = array("q", (*flags, *plan.parameters, *strides, *padding))
+        self._start = cupy_backend.starter(plan, setting.dtype, setting.device)
+        self._maps: Callable[[tuple[int, ...]], tuple[int, ...]] | None = None
+        if plan.tile is not None:
+            make = functools.partial(tensor_maps, plan, shape, setting, tuple(mapped))
+            # The caching allocator hands out the same addresses again and again.
+            self._maps = functools.lru_cache(maxsize=64)(make)
+
+    def __call__(self, *pointers: int) -> None:
+        """On the launch's device, which is current, and torch's current stream; 0 is no tensor."""
+        struct = array("q", pointers if self._maps is None else (*self._maps(pointers), *pointers))
+        if self.scratch_floats is not None:
+            scratch = None
+            if self.scratch_floats:
+                scratch = torch.empty(self.scratch_floats, dtype=torch.float32, device=f"cuda:{self.device}")
+            struct.append(0 if scratch is None else scratch.data_ptr())
+        struct.extend(self._rest)
+        self._start(struct)
+
+
+def tensor_maps(
+    plan: Plan, shape: Strides, setting: Setting, mapped: Sequence[Mapped], pointers: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Tensor maps of a tiled launch, for the vertical and the horizontal directions of each operand.
+
+    Zeros where the GPU has no accelerator, for which the kernels copy in another way.
+    """
+    if not cupy_backend.has_accelerator(setting.device):
+        return (0,) * (32 * len(mapped))
+    tile = plan.tile
+    assert tile is not None
+    batch, height, width, channels = shape
+    words: list[int] = []
+    for index, kind, (s_b, s_h, s_w, *s_d) in mapped:
+        pointer = pointers[index]
+        for (positions, s_p), (lines, s_l), own in (
+            ((width, s_w), (height, s_h), plan.widths[0]),
+            ((height, s_h), (width, s_w), plan.widths[1]),
+        ):
+            count = own + (2 * tile.halo if kind == HALO else 2 if kind == AROUND else 0)
+            sizes = (channels, positions, lines, len(setting.directions) if s_d else 1, batch)
+            strides = [
+                s if n > 1 else 16 for s, n in zip((s_p, s_l, *(s_d or [0]), s_b), sizes[1:], strict=True)
+            ]
+            box = (tile.slice, -(-count // plan.boxes), 1 if kind == STORE else tile.stage_lines, 1, 1)
+            if pointer and 0 < box[1] <= MAX_BOX:
+                words += cupy_backend.tensor_map(setting.dtype, pointer, sizes, strides, box)
+            else:
+                words += [0] * 16
+    return tuple(words)
+
+
+# ---- the scan's two kernels ---------------------------------------------------------------------
+
+
+def _gate_strides(u: Strides | None) -> Strides:
+    return (0, 0, 0, 0) if u is None else u[:4]
+
+
+@functools.lru_cache(maxsize=4096)
+def forward_launch(
+    shape: Strides,
+    groups: int,
+    setting: Setting,
+    x: Strides,
+    weight: Strides,
+    lam: Strides,
+    u: Strides | None,
+    y: Strides,
+    alignment: int,
+    plan: Plan | None,
+) -> Launch:
+    """The launch of a forward kernel, which takes the addresses of ``x, weight, lam, u, y, state``.
+
+    Args:
+        shape: of ``x``.
+        x, weight, lam, u, y: strides; the states have those of ``y``.
+        alignment: the addresses of ``x``, ``lam`` and ``u`` modulo 16, combined by bitwise or.
+        plan: instead of the one that is chosen.
+    """
+    read = [each[:-1] for each in (x, lam, u) if each is not None]
+    plan = plan or choose_plan(shape, groups, setting, False, read, alignment)
+    strides = (*x[:3], *weight[:5], *lam[:4], *_gate_strides(u), *y[:4])
+    mapped = (
+        Mapped(0, HALO, x[:3]),
+        Mapped(2, HALO, lam[:4]),
+        Mapped(3, OWN, _gate_strides(u)),
+        Mapped(4, STORE, y[:4]),
+        Mapped(5, STORE, y[:4]),
+    )
+    return Launch(plan, shape, setting, strides, mapped)
+
+
+@functools.lru_cache(maxsize=4096)
+def backward_launch(
+    shape: Strides,
+    groups: int,
+    setting: Setting,
+    dy: Strides,
+    x: Strides,
+    weight: Strides,
+    lam: Strides,
+    u: Strides | None,
+    state: Strides,
+    alignment: int,
+    plan: Plan | None,
+) -> Launch:
+    """The launch of a backward kernel: addresses of ``dy, x, weight, lam, u, state, dx, dweight, dlam, du``.
+
+    Args:
+        shape: of ``x``.
+        dy, x, weight, lam, u, state: strides; the gradients of ``lam`` and ``u`` have those of ``state``,
+            ``dx`` is contiguous with the directions outermost.
+        alignment: the addresses of ``dy``, ``x``, ``lam``, ``u`` and ``state`` modulo 16, combined by bitwise
+            or.
+        plan: instead of the one that is chosen.
+    """
+    read = [each[:-1] for each in (x, lam, u, dy, state) if each is not None]
+    plan = plan or choose_plan(shape, groups, setting, True, read, alignment)
+    strides = (*dy[:4], *x[:3], *weight[:5], *lam[:4], *_gate_strides(u), *state[:4])
+    batch, height, width, channels = shape
+    dx = (height * width * channels, width * channels, channels, batch * height * width * channels)
+    mapped = (
+        Mapped(0, HALO, dy[:4]),
+        Mapped(4, HALO, _gate_strides(u)),
+        Mapped(1, OWN, x[:3]),
+        Mapped(3, OWN, lam[:4]),
+        Mapped(5, AROUND, state[:4]),
+        Mapped(6, STORE, dx),
+        Mapped(8, STORE, state[:4]),
+        Mapped(9, STORE, state[:4]),
+    )
+    return Launch(plan, shape, setting, strides, mapped)
+
+
+# ---- what finishes the backward pass ------------------------------------------------------------
+
+_FINISH_THREADS = 256
+
+
+@functools.lru_cache(maxsize=4096)
+def finish_launch(
+    shape: Strides,
+    groups: int,
+    setting: Setting,
+    weight: Strides,
+    slices: int,
+    want_x: bool,
+    want_weight: bool,
+) -> Launch:
+    """The launch that sums partial gradients: addresses of both, of ``weight``, ``dx`` and ``dweight``.
+
+    Args:
+        shape: of ``x``.
+        weight: strides.
+        slices: partial sums of the weights' gradient.
+        want_x, want_weight: which of the two to sum.
+    """
+    dtype, device, directions, _, normalize = setting
+    batch, height, width, channels = shape
+    vec, most = 16 // dtype.itemsize, 16 * cupy_backend.processors(device)
+    pixels = batch * height * width
+    blocks_x = min(most, -(-pixels * channels // (vec * _FINISH_THREADS))) if want_x else 0
+    coefficients = pixels * len(directions) * groups
+    blocks_weight = min(most, -(-coefficients // _FINISH_THREADS)) if want_weight else 0
+    problem = Problem(batch, height, width, channels, groups, directions, 0, dtype.itemsize, True)
+    plan = Plan(
+        source=cupy_backend.FINISH,
+        entry=cupy_backend.FINISH,
+        vec=vec,
+        run=1,
+        grid=blocks_x + blocks_weight,
+        threads=_FINISH_THREADS,
+        shared_bytes=0,
+        parameters=(*problem.shape, slices, int(normalize), blocks_x),
+    )
+    return Launch(plan, shape, setting, weight[:5])

@@ -1,0 +1,124 @@
+"""The kernels and their launches on the processor, every thread emulated, without a GPU."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from emulate import SHARED_LIMIT, emulated
+from scan_cases import BACKWARD_TOLERANCE, FORWARD_TOLERANCE, ground_truth, make_inputs, relative_error
+from torch import Tensor
+
+from gspn2_diffusion.ops import scan_kernels
+from gspn2_diffusion.ops.line_scan import line_scan
+from gspn2_diffusion.ops.plans import Problem, generic_plan
+from gspn2_diffusion.ops.warp_plans import WarpTile, warp_plan
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+CASES = [  # (H, W), C, G, tile, chunk, dtype, options of the inputs
+    ((33, 65), 16, 1, WarpTile(8, 1, 2, 1, 5, 1), 0, torch.bfloat16, {}),
+    ((7, 9), 48, 2, WarpTile(8, 1, 1, 3, 1, 1), 0, torch.bfloat16, {"normalize": False}),
+    ((20, 70), 32, 2, WarpTile(8, 2, 2, 2, 3, 1), 7, torch.bfloat16, {}),
+    ((6, 131), 32, 1, WarpTile(8, 1, 2, 2, 2, 8), 4, torch.bfloat16, {"with_u": False}),
+    ((40, 23), 48, 1, WarpTile(8, 2, 6, 1, 2, 2), 0, torch.bfloat16, {}),
+    ((9, 140), 8, 1, WarpTile(4, 2, 2, 1, 3, 2), 0, torch.float32, {}),
+    ((1, 7), 8, 1, WarpTile(4, 2, 2, 1, 3, 2), 0, torch.float32, {"with_u": False, "normalize": False}),
+    ((5, 9), 24, 2, 4, 0, torch.bfloat16, {}),
+    ((9, 5), 7, 7, 1, 3, torch.float32, {"with_u": False}),
+    ((3, 11), 6, 1, 2, 2, torch.float32, {"normalize": False}),
+]
+
+
+@pytest.fixture(autouse=True)
+def processor(monkeypatch):
+    with emulated(monkeypatch):
+        yield
+
+
+def strided(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """The same values as views of wider tensors, so that no two strides follow from each other."""
+
+    def wide(t: Tensor) -> Tensor:
+        big = torch.full((*t.shape[:-1], t.shape[-1] + 16), float("nan"), dtype=t.dtype)
+        big[..., : t.shape[-1]] = t.detach()
+        return big[..., : t.shape[-1]]
+
+    return {name: None if t is None else wide(t) for name, t in inputs.items()}
+
+
+def make_plan(x: Tensor, groups: int, tile: WarpTile | int, chunk: int, normalize: bool, backward: bool):
+    problem = Problem(*x.shape, groups, (0, 1, 2, 3), chunk, x.dtype.itemsize, backward)
+    if isinstance(tile, int):
+        return generic_plan(problem, tile, SHARED_LIMIT)
+    return warp_plan(problem, tile, normalize, SHARED_LIMIT)
+
+
+@pytest.mark.parametrize(("size", "channels", "groups", "tile", "chunk", "dtype", "kind"), CASES)
+def test_forward(size, channels, groups, tile, chunk, dtype, kind):
+    inputs = strided(make_inputs(2, *size, channels, groups, dtype=dtype, **kind))
+    normalize = kind.get("normalize", True)
+    plan = make_plan(inputs["x"], groups, tile, chunk, normalize, False)
+    y, state = scan_kernels.line_scan_forward(
+        *inputs.values(), (0, 1, 2, 3), chunk, normalize, True, plan=plan
+    )
+    options = {"chunk_size": chunk or None, "normalize": normalize}
+    for got, gate in ((y, inputs["u"]), (y if state is None else state, None)):
+        want = ground_truth({**inputs, "u": gate}, torch.zeros_like(y), **options)["y"]
+        assert relative_error(got, want) <= FORWARD_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("size", "channels", "groups", "tile", "chunk", "dtype", "kind"), CASES)
+def test_backward(size, channels, groups, tile, chunk, dtype, kind):
+    inputs = strided(make_inputs(2, *size, channels, groups, dtype=dtype, **kind))
+    x, weight, lam, u = inputs.values()
+    normalize = kind.get("normalize", True)
+    options = {"chunk_size": chunk or None, "normalize": normalize}
+    dy = torch.randn(lam.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    exact = (t.double() for t in (x, weight, lam))
+    state = line_scan(*exact, None, backend="reference", **options).to(dtype)
+    plan = make_plan(x, groups, tile, chunk, normalize, True)
+    setting = ((0, 1, 2, 3), chunk, normalize)
+    grads = scan_kernels.line_scan_backward(dy, *inputs.values(), state, *setting, plan=plan)
+    want = ground_truth(inputs, dy, **options)
+    for name, got in zip(("dx", "dweight", "dlam", "du"), grads, strict=True):
+        if got is None:
+            assert name == "du"
+            assert u is None
+        elif want[name].norm() < 1e-12:  # the weights of a single line or of a single position
+            assert torch.count_nonzero(got) == 0, name
+        else:
+            assert relative_error(got, want[name]) <= BACKWARD_TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("wanted", [(True, False, False, False), (False, True, True, False)])
+def test_gradients_that_are_not_wanted_are_left_out(wanted):
+    inputs = make_inputs(1, 5, 6, 3)
+    state = torch.rand_like(inputs["lam"])
+    options = ((0, 1, 2, 3), 0, True)
+    every = scan_kernels.line_scan_backward(state, *inputs.values(), state, *options)
+    some = scan_kernels.line_scan_backward(state, *inputs.values(), state, *options, wanted)
+    for full, got, want in zip(every, some, wanted, strict=True):
+        assert (got is not None) == want
+        assert got is None or torch.equal(got, full)
+
+
+def test_kept_launches_take_other_addresses_and_layouts():
+    """Calls of the same shape share a launch; another layout or alignment does not."""
+    for seed, offset in ((0, 0), (1, 0), (2, 1), (3, 0)):
+        inputs = make_inputs(1, 4, 5, 2, seed=seed)
+        if offset:  # an address that no vector of two floats may start at
+            inputs["x"] = torch.cat((torch.zeros(1), inputs["x"].flatten()))[1:].view(1, 4, 5, 2)
+        if seed == 3:
+            inputs["lam"] = inputs["lam"].transpose(1, 2).contiguous().transpose(1, 2)
+        y, _ = scan_kernels.line_scan_forward(*inputs.values(), (0, 1, 2, 3), 0, True, False)
+        want = ground_truth(inputs, torch.zeros_like(y))["y"]
+        assert relative_error(y, want) <= FORWARD_TOLERANCE[torch.float32]
+        assert y.stride() == inputs["lam"].stride()
+
+
+def test_a_tile_that_does_not_reach_the_last_position_is_no_plan():
+    problem = Problem(1, 8, 65, 16, 1, (0,), 0, 2, False)
+    assert warp_plan(problem, WarpTile(8, 1, 2, 1, 4, 1), True, SHARED_LIMIT) is None
+    assert warp_plan(problem, WarpTile(8, 1, 2, 1, 5, 1), True, SHARED_LIMIT) is not None
