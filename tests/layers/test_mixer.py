@@ -27,8 +27,8 @@ def make_mixer(dim: int = 16, proxy_dim: int = 4, **options) -> GSPN2Mixer:
     [{}, {"num_weight_groups": 2}, {"num_weight_groups": 4, "chunk_size": 2}, {"directions": ("left",)}],
 )
 def test_matches_the_written_out_computation(height, width, options):
-    mixer = make_mixer(**options)
-    tokens = torch.randn(2, height * width, 16)
+    mixer = make_mixer(**options).double()
+    tokens = torch.randn(2, height * width, 16, dtype=torch.float64)
     d, p, g = len(mixer.directions), 4, mixer.num_weight_groups
     proxy = tokens @ mixer.to_proxy.weight.T + mixer.to_proxy.bias
     scan = (proxy @ mixer.to_scan.weight.T + mixer.to_scan.bias)[..., : d * (2 * p + 3 * g)]
@@ -66,11 +66,11 @@ def test_the_default_proxy_is_an_eighth():
 
 
 def test_zero_output_gate_leaves_the_bias_only():
-    mixer = make_mixer()
+    mixer = make_mixer().double()
     with torch.no_grad():
         mixer.to_scan.weight[16:32] = 0  # u: D * P = 16 features after lam's 16
         mixer.to_scan.bias[16:32] = 0
-    out = mixer(torch.randn(2, 12, 16), 3, 4)
+    out = mixer(torch.randn(2, 12, 16, dtype=torch.float64), 3, 4)
     torch.testing.assert_close(out, mixer.to_out.bias.expand_as(out))
 
 
@@ -103,7 +103,7 @@ def _swap_features(mixer: GSPN2Mixer, order: list[int], mirror: list[int]) -> GS
         weight[direction] = weight[direction].flip(0)
     rest = index[2 * d * p + 3 * d :]
     moved = torch.cat([lam[order].flatten(), u[order].flatten(), weight.flatten(), rest])
-    other = make_mixer()
+    other = make_mixer().double()
     other.load_state_dict(mixer.state_dict())
     with torch.no_grad():
         other.to_scan.weight.copy_(mixer.to_scan.weight[moved])
@@ -119,9 +119,9 @@ def _swap_features(mixer: GSPN2Mixer, order: list[int], mirror: list[int]) -> GS
     ids=["left-right", "up-down"],
 )
 def test_flipping_the_picture_swaps_the_roles_of_the_directions(flip, order, mirror):
-    mixer = make_mixer()
+    mixer = make_mixer().double()
     swapped = _swap_features(mixer, order, mirror)
-    picture = torch.randn(2, 3, 5, 16)
+    picture = torch.randn(2, 3, 5, 16, dtype=torch.float64)
     flipped = picture.flip(flip).flatten(1, 2)
     out = mixer(picture.flatten(1, 2), 3, 5).unflatten(1, (3, 5))
     torch.testing.assert_close(swapped(flipped, 3, 5).unflatten(1, (3, 5)), out.flip(flip))
@@ -129,9 +129,9 @@ def test_flipping_the_picture_swaps_the_roles_of_the_directions(flip, order, mir
 
 
 def test_transposing_the_picture_swaps_rows_and_columns():
-    mixer = make_mixer()
+    mixer = make_mixer().double()
     swapped = _swap_features(mixer, [2, 3, 0, 1], [])
-    picture = torch.randn(2, 3, 5, 16)
+    picture = torch.randn(2, 3, 5, 16, dtype=torch.float64)
     out = mixer(picture.flatten(1, 2), 3, 5).unflatten(1, (3, 5))
     transposed = swapped(picture.transpose(1, 2).flatten(1, 2), 5, 3).unflatten(1, (5, 3))
     torch.testing.assert_close(transposed, out.transpose(1, 2))
