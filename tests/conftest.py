@@ -1,4 +1,4 @@
-"""Shared test set-up: helpers in this folder are importable, GPU tests need a GPU, random numbers are fixed."""
+"""Shared set-up: helpers in this folder are importable, GPU tests need a GPU, random numbers are seeded."""
 
 import random
 import sys
