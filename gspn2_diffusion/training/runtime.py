@@ -137,7 +137,8 @@ def start_run(config: RunConfig, started: float) -> Run:
         config: checked settings.
         started: `time.monotonic()` at the start of the process.
     """
-    torch.set_float32_matmul_precision("high")
+    if torch.cuda.is_available():  # it also holds for CPUs, some of which would then round float32, too
+        torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     # One bucket-wise split of the graph would cost more than the overlap it buys at this model size.
