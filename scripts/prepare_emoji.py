@@ -38,6 +38,7 @@ from gspn2_diffusion.training.emoji_words import JOINS
 
 SHORTCODE_SETS = ("cldr", "github", "emojibase", "iamcal", "joypixels", "emojibase-legacy")
 CHECK_SIZE = 32
+CHUNK = 64  # pictures that a process takes at a time
 # More damaged pictures than this share mean a broken rasteriser, not a few bad files.
 DAMAGED_LIMIT = 0.02
 
@@ -105,8 +106,8 @@ def _stem(picture: Picture, taken: Mapping[str, Any]) -> str:
 def drop_damaged(rows: list[dict[str, Any]], folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """Draw every picture once; remove and name those that cannot be drawn."""
     paths = [folder / row["file"] for row in rows]
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        problems = list(pool.map(_problem, paths, chunksize=64))
+    with ProcessPoolExecutor(min(len(os.sched_getaffinity(0)), -(-len(paths) // CHUNK) or 1)) as pool:
+        problems = list(pool.map(_problem, paths, chunksize=CHUNK))
     for path, problem in zip(paths, problems, strict=True):
         if problem:
             path.unlink()

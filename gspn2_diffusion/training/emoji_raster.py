@@ -29,6 +29,7 @@ MARGIN = 0.04  # of the square's side, left free on every side
 _FAINT = 8  # alpha at or below this does not count as drawn: soft shadows would shift the crop
 _PROBE = 96  # side in pixels of the first look at an SVG
 _LARGEST = 4  # an SVG canvas grows at most to this many times the wanted side
+_CHUNK = 16  # pictures that a worker takes at a time
 _VERSION = 1  # part of the cache key; raise it when the pixels change
 _ROOT = re.compile(r"<svg\b[^>]*>", re.S)
 _SIDE = re.compile(r'\s(?:width|height)="[^"]*"')
@@ -183,8 +184,8 @@ def _drawn(records: Sequence[EmojiRecord], size: int, workers: int | None) -> It
         return
     # fork: a spawned worker would import the training script, and torch with it, once per process
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        yield from pool.map(_draw_one, paths, chunksize=16)
+    with ProcessPoolExecutor(min(workers, -(-len(paths) // _CHUNK)), mp_context=context) as pool:
+        yield from pool.map(_draw_one, paths, chunksize=_CHUNK)
 
 
 def _draw_one(job: tuple[str, int]) -> np.ndarray | str:
