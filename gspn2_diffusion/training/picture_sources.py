@@ -88,6 +88,7 @@ def _open(data: str, kind: str, split: str) -> Any:
     except ImportError as error:
         raise ConfigError("reading pictures needs the package datasets: pip install datasets") from error
     datasets.disable_progress_bars()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else a server is told of local folders, too
     options: dict[str, Any] = {"split": split if kind == "hub" else "train", "streaming": True}
     if kind == "folder":
         sidecars = not _metadata_files(Path(data))
