@@ -151,7 +151,8 @@ def test_cache_is_used_again_and_never_when_stale(tmp_path, folders, monkeypatch
     monkeypatch.setattr(again.models, "latents", forbidden)
     monkeypatch.setattr(again.models, "texts", forbidden)
     assert len(fill(again, folder)) == 4
-    (folder / "2.png").write_bytes(tiny_pictures.png(9))
+    # Of another size: a file system's clock may not tell two moments of a test apart.
+    (folder / "2.png").write_bytes(tiny_pictures.png(9, (40, 24)))
     with pytest.raises(AssertionError, match="again"):
         fill(again, folder)
     other = open_cache(tmp_path / "cache", folders, resolution=24)
