@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def prompts(records):
 def judge(records, tmp_path_factory):
     """A tiny judge of the tiny data, as saved and loaded again."""
     folder = tmp_path_factory.mktemp("judge") / "judge"
-    training = JudgeTraining(steps=40, seconds=60.0, batch=24, rate=8e-3)
+    training = JudgeTraining(steps=40, seconds=math.inf, batch=24, rate=8e-3)
     made, measures = train_judge(
         judge_data(records), torch.device("cpu"), size=JudgeSize(8, 16, 32), training=training
     )
@@ -132,7 +133,9 @@ def test_the_script_measures_a_pipeline_folder(tmp_path, capsys):
     tiny_pipeline().save_pretrained(tmp_path / "model")
     options = ["--model", tmp_path / "model", "--data", tmp_path / "emoji", "--out", tmp_path / "out"]
     options += ["--limit", 2, "--steps", 1, "--judge_steps", 3, "--judge_width", 4, "--judge_batch", 8]
-    options += ["--sizes", "16,16x32", "--device", "cpu", "--fid", "--groups", "seen,pair,count,colour"]
+    options += ["--sizes", "16,16x32", "--device", "cpu", "--groups", "seen,pair,count,colour"]
+    options += ["--judge_seconds", 1e9]
+    options += ["--fid", "--fid_weights", tmp_path / "nowhere"]  # without a file they may be fetched
     script().main([str(option) for option in options])
     shown = capsys.readouterr().out
     assert "background" in shown
@@ -141,6 +144,7 @@ def test_the_script_measures_a_pipeline_folder(tmp_path, capsys):
         assert (facts["settings"]["height"], facts["settings"]["width"]) == shape
         assert facts["prompts"] == {"seen": 2, "pair": 2, "count": 2, "colour": 2}
         assert facts["scores"]["background"]["count"] == 8
+        assert facts["fid"] is None
         assert 0 <= facts["scores"]["background"]["low"] <= facts["scores"]["background"]["high"] <= 1
         assert "ceiling" in facts["scores"]["concept_top5/seen"]
         assert Image.open(tmp_path / "out" / f"sheet{name}.png").width > 200
