@@ -91,7 +91,8 @@ def test_eight_pictures_are_learnt_by_heart(root, tmp_path):
     assert losses[-1] < 0.1 * losses[0]
 
 
-def test_bar_shows_speed_data_wait_and_memory(root, tmp_path, capsys):
+def test_bar_shows_speed_data_wait_and_memory(root, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)  # the bar would be cut there
     changes = {"progress_bar": "yes", "log_steps": 1, "max_train_steps": 2, "final_checkpoint": False}
     train(root, tmp_path / "run", save_pipeline=False, **changes)
     text = capsys.readouterr().err
