@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 
 import pytest
 import torch
@@ -22,10 +21,13 @@ CASES = [
 ]
 
 
-def _rank(rank: int, size: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=size)
+def _rank(rank: int, size: int, folder: str) -> None:
+    torch.set_num_threads(1)  # the parent's threads did not come along
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # whatever this machine's name resolves to
+    # They meet in a file: a port that was free may be taken by the time it is bound.
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(f"{folder}/meeting", size), rank=rank, world_size=size
+    )
     found = []
     with torch.no_grad():
         for options, height, width in CASES:
@@ -48,10 +50,7 @@ def _rank(rank: int, size: int, port: int, folder: str) -> None:
 
 
 def test_two_processes_compute_what_one_computes(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.start_processes(_rank, (2, port, str(tmp_path)), nprocs=2, start_method="fork")
+    multiprocessing.start_processes(_rank, (2, str(tmp_path)), nprocs=2, start_method="fork")
     for rank in range(2):
         found, errors = torch.load(tmp_path / f"{rank}.pt")
         assert len(found) == len(CASES)
