@@ -56,8 +56,12 @@ def debug() -> bool:
 
 
 def err_console() -> Console:
-    """A rich console on stderr, made anew so that it follows a redirected ``sys.stderr``."""
-    return Console(stderr=True, highlight=False)
+    """A rich console on stderr, made anew so that it follows a redirected ``sys.stderr``.
+
+    FORCE_COLOR and the like ask for colours in a file or a pipe, not for a bar that moves: only a terminal
+    shows that.
+    """
+    return Console(stderr=True, highlight=False, force_terminal=sys.stderr.isatty())
 
 
 def say(text: str, stream: TextIO | None = None) -> None:

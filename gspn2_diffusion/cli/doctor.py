@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterator
 from typing import Annotated
 
@@ -80,6 +81,6 @@ def _print_table(rows: list[checks.Check]) -> None:
             Text(row.name), Text(row.status, style=_COLOURS[row.status]), Text(row.value), Text(row.detail)
         )
     console = Console(highlight=False)
-    if not console.is_terminal:  # a file or a pipe has no width to fit
+    if not sys.stdout.isatty():  # a file or a pipe has no width to fit
         console = Console(highlight=False, width=200, soft_wrap=False)
     console.print(table)

@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import plain_environment
 import pytest
 from tiny_models import build_tiny_pipeline
 
 from gspn2_diffusion.webapp.limits import Limits
 
 sys.path.insert(0, str(Path(__file__).parent))
-LIMITS = Limits(side=128, min_side=16, steps=4000, count=3, queue=3)
+plain_environment.clean()
+# So many steps end on no machine before a test has looked at them, and stopped them.
+LIMITS = Limits(side=128, min_side=16, steps=100_000, count=3, queue=3)
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +56,7 @@ def engine(tiny_model: Path) -> Any:
 
     engine = Engine(build_shelf([str(tiny_model)]), "cpu", "float32", longest_line=3)
     engine.load_in_background()
-    assert engine.wait(120)
+    assert engine.wait(600)
     return engine
 
 
@@ -65,7 +68,7 @@ def server(tiny_model: Path, other_model: Path, lora_folder: Path | None) -> Ite
 
     models = (str(tiny_model), str(other_model))
     page = launch(ServerOptions(models, lora_folder, device="cpu", limits=LIMITS), block=False)
-    assert page.app.engine.wait(120)
+    assert page.app.engine.wait(600)
     yield page
     page.blocks.close()
     page.app.store.close()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from bad_pictures import png_of_size
 from PIL import Image
+from ports import reserved_port
 
 from gspn2_diffusion.png_metadata import read_settings
 
@@ -24,12 +25,18 @@ gradio_client = pytest.importorskip(
     "gradio_client", reason='needs gradio: pip install "gspn2-diffusion[app]"'
 )
 
+HANGS = 600  # seconds after which something will never happen, however busy the machine
 WISH: dict[str, Any] = {"prompt": "a red apple", "width": 32, "height": 16, "steps": 3, "seed": 5}
+
+
+def connect(url: str, **options: Any) -> Any:
+    """A client that waits for a busy machine's answers; of itself it would give up after 5 seconds."""
+    return gradio_client.Client(url, verbose=False, httpx_kwargs={"timeout": HANGS}, **options)
 
 
 @pytest.fixture
 def client(server: Any, tmp_path: Path) -> Any:
-    return gradio_client.Client(server.blocks.local_url, verbose=False, download_files=str(tmp_path))
+    return connect(server.blocks.local_url, download_files=str(tmp_path))
 
 
 def test_only_the_documented_endpoints_are_named(client: Any) -> None:
@@ -150,36 +157,34 @@ def test_models_and_loras_only_from_the_list(client: Any, lora_folder: Path | No
 @pytest.mark.slow
 def test_as_a_program_with_port_and_password_from_the_environment(tiny_model: Path) -> None:
     """Gradio's own variable says where, ours who may come in; without the password nothing is told."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    own = {"GRADIO_SERVER_PORT": str(port), "GSPN2_APP_AUTH": "ann:secret", "PYTHONUNBUFFERED": "1"}
     program = Path(__file__).parents[2] / "app.py"
     command = [sys.executable, str(program), "--model", str(tiny_model), "--device", "cpu"]
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, **own},
-        stdout=subprocess.PIPE,
-        text=True,
-        # A shell starts background jobs with Ctrl+C ignored, and that would be inherited.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        assert process.stdout is not None
-        assert f"http://127.0.0.1:{port}" in process.stdout.readline()
-        url = f"http://127.0.0.1:{port}/"
-        for route in ("config", "gradio_api/info"):
-            with pytest.raises(urllib.error.HTTPError) as failure:
-                urllib.request.urlopen(f"{url}{route}", timeout=60)
-            assert failure.value.code == 401
-        with pytest.raises(Exception, match=r"[Cc]redentials|auth|login"):
-            gradio_client.Client(url, verbose=False, auth=("ann", "wrong"))
-        inside = gradio_client.Client(url, verbose=False, auth=("ann", "secret"))
-        assert inside.predict(api_name="/info")["model"] == "tiny"
-        process.send_signal(signal.SIGINT)
-        assert process.wait(120) in (0, 130)
-    finally:
-        process.kill()
+    with reserved_port() as port:
+        own = {"GRADIO_SERVER_PORT": str(port), "GSPN2_APP_AUTH": "ann:secret", "PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **own},
+            stdout=subprocess.PIPE,
+            text=True,
+            # A shell starts background jobs with Ctrl+C ignored, and that would be inherited.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            assert process.stdout is not None
+            assert any(url in line for line in process.stdout)  # reads up to that line, or to the end
+            for route in ("config", "gradio_api/info"):
+                with pytest.raises(urllib.error.HTTPError) as failure:
+                    urllib.request.urlopen(f"{url}/{route}", timeout=HANGS)
+                assert failure.value.code == 401
+            with pytest.raises(Exception, match=r"[Cc]redentials|auth|login"):
+                connect(url, auth=("ann", "wrong"))
+            inside = connect(url, auth=("ann", "secret"))
+            assert inside.predict(api_name="/info")["model"] == "tiny"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(HANGS) in (0, 130)
+        finally:
+            process.kill()
 
 
 def test_random_seed_and_defaults(client: Any) -> None:
@@ -209,7 +214,7 @@ def endless(client: Any, server: Any) -> Any:
     def start() -> Any:
         sides = {"width": 128, "height": 128, "steps": server.app.limits.steps}
         job = client.submit(**{**WISH, **sides}, count=3, api_name="/generate")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + HANGS
         while len(server.app.engine.line) == 0:
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -221,7 +226,7 @@ def endless(client: Any, server: Any) -> Any:
 def test_stop_half_way_keeps_what_is_finished(client: Any, server: Any, endless: Any) -> None:
     job = endless()
     assert client.predict(api_name="/stop") == "Stopping."
-    files, _ = job.result(timeout=60)
+    files, _ = job.result(timeout=HANGS)
     assert len(files or []) < 3
     assert len(server.app.engine.line) == 0
     assert client.predict(api_name="/stop") == "Nothing is running."
@@ -229,13 +234,13 @@ def test_stop_half_way_keeps_what_is_finished(client: Any, server: Any, endless:
 
 
 def test_one_visitor_cannot_stop_another(client: Any, server: Any, endless: Any, tmp_path: Path) -> None:
-    other = gradio_client.Client(server.blocks.local_url, verbose=False, download_files=str(tmp_path))
+    other = connect(server.blocks.local_url, download_files=str(tmp_path))
     job = endless()
     assert other.predict(api_name="/stop") == "Nothing is running."
     assert not job.done()
     assert len(server.app.engine.line) == 1
     assert client.predict(api_name="/stop") == "Stopping."
-    job.result(timeout=60)
+    job.result(timeout=HANGS)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +249,7 @@ def test_one_visitor_cannot_stop_another(client: Any, server: Any, endless: Any,
         ({"prompt": ""}, "prompt is empty"),
         ({"width": 256}, "128"),
         ({"width": 40}, "multiple of 16"),
-        ({"steps": 4001}, "4000"),
+        ({"steps": 100_001}, "100000"),
         ({"count": 4}, "3"),
         ({"seed": -7}, "seed|minimum|Value -7"),
         ({"style": "watercolour"}, "watercolour|style"),
@@ -256,7 +261,8 @@ def test_limits_hold_for_programs_too(
 ) -> None:
     with pytest.raises(Exception, match=words):
         client.predict(**{**WISH, **change}, api_name="/generate")
-    assert "Traceback" not in capfd.readouterr().err  # a sentence is no failure of the server
+    # A sentence is no failure of the server. Others, of visitors who left just now, may be in its log.
+    assert not re.search(rf"Traceback(?s:.*)Error: .*({words})", capfd.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -287,17 +293,17 @@ def test_files_of_the_server_cannot_be_fetched(server: Any, tiny_model: Path, ta
     path = target.replace("MODEL", str(tiny_model))
     for route in ("gradio_api/file=", "file=", "gradio_api/file/", "static/../"):
         with pytest.raises(urllib.error.HTTPError) as failure:
-            urllib.request.urlopen(f"{server.blocks.local_url}{route}{path}", timeout=60)
+            urllib.request.urlopen(f"{server.blocks.local_url}{route}{path}", timeout=HANGS)
         assert failure.value.code in (403, 404)
 
 
 def test_page_tells_no_path_of_the_server(server: Any, tiny_model: Path) -> None:
+    folders = {tiny_model.parent, Path.cwd(), Path.home()} - {Path("/")}  # of a user without a home
     for route in ("", "config", "gradio_api/info"):
-        with urllib.request.urlopen(f"{server.blocks.local_url}{route}", timeout=60) as answer:
+        with urllib.request.urlopen(f"{server.blocks.local_url}{route}", timeout=HANGS) as answer:
             text = answer.read().decode()
-        assert str(tiny_model.parent) not in text
-        assert str(Path.cwd()) not in text
-        assert str(Path.home()) + "/" not in text
+        for folder in folders:
+            assert not re.search(rf"(?<![\w.-]){re.escape(str(folder))}(?![\w.-])", text), folder
 
 
 def test_listens_on_this_machine_only(server: Any) -> None:

@@ -4,10 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import plain_environment
 import pytest
 from tiny_models import build_tiny_pipeline
 
 from gspn2_diffusion.cli import run
+
+plain_environment.clean()
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,11 @@ def rows(result) -> dict[str, dict[str, str]]:
 
 
 @without_gpu
-def test_a_machine_without_a_gpu_is_fine(gspn2, embedded):
+@pytest.mark.parametrize("variable", ["", "FORCE_COLOR"])
+def test_a_machine_without_a_gpu_is_fine(gspn2, embedded, monkeypatch, variable):
+    if variable:  # colours in a pipe, but neither a bar nor a terminal's width
+        monkeypatch.setenv(variable, "1")
+        monkeypatch.setenv("COLUMNS", "20")
     result = gspn2("doctor")
     assert (result.code, result.err) == (0, "")
     for name in ("python", "torch", "diffusers", "transformers", "accelerate", "CuPy", "backend", "model"):

@@ -37,6 +37,12 @@ def test_same_command_same_bytes(gspn2, tiny_model, tmp_path):
         assert (image.size, image.mode) == ((16, 16), "RGB")
 
 
+@pytest.mark.parametrize("name", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_no_bar_in_a_pipe_even_where_colours_are_wanted(gspn2, tiny_model, tmp_path, monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    assert gspn2(*arguments(tiny_model, tmp_path / "out.png")).err == ""
+
+
 def test_settings_in_the_file_are_resolved(gspn2, tiny_model, tmp_path):
     path = tmp_path / "out.png"
     more = ("--negative", "blue, “dots”", "--height", 8, "--width", 24, "--guidance", 2.5)
@@ -194,7 +200,7 @@ def test_as_a_program(gspn2, tiny_model, tmp_path):
         capture_output=True,
         text=True,
         env={**environment, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        timeout=120,
+        timeout=600,
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{tmp_path / 'there.png'}\n"

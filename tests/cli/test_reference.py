@@ -44,6 +44,6 @@ def test_no_torch_where_nothing_is_drawn(tmp_path, arguments):
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        timeout=60,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
