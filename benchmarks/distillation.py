@@ -82,9 +82,9 @@ def train_student(options: argparse.Namespace, more: list[str]) -> dict[str, Any
 
 
 def closed(metrics: Path, ends: dict[str, Any]) -> dict[str, Any]:
-    """The course of the second stage, and whether enough is closed at its end on every set."""
+    """The course of the second stage, and whether enough is closed at its end on every set that has a gap."""
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    course = [line for line in lines if any(name.startswith("gap_closed_") for name in line)]
+    course = [line for line in lines if any(name.startswith("val_") for name in line)]
     kept = ("gap_closed_", "val_", "step")
     last = {name: value for name, value in course[-1].items() if name.startswith("gap_closed_")}
     return {
@@ -92,7 +92,7 @@ def closed(metrics: Path, ends: dict[str, Any]) -> dict[str, Any]:
         "gap_closed": {name.removeprefix("gap_closed_"): value for name, value in last.items()},
         "course": [{name: value for name, value in line.items() if name.startswith(kept)} for line in course],
         "wanted": GAP_CLOSED,
-        "met": min(last.values()) >= GAP_CLOSED,
+        "met": min(last.values(), default=0.0) >= GAP_CLOSED,
     }
 
 

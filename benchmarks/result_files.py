@@ -25,7 +25,7 @@ def device_name(device: str) -> str:
 
 
 def start(commit: str | None, **settings: Any) -> Row:
-    """The head of a result: environment, date and commit (of the tree, where none is given), run, settings."""
+    """The head of a result: environment, date, commit (of the tree, where none is given), run, settings."""
     named = {"commit": commit} if commit else {}
     # Not the date: two runs can be made within a second.
     return {**describe_environment(), **named, "run": uuid.uuid4().hex[:12], **settings}

@@ -86,7 +86,7 @@ def test_sizes_are_drawn_in_several_runs(tmp_path, monkeypatch):
     tiny_models.build_tiny_pipeline().save_pretrained(tmp_path / "model")
     out = tmp_path / "sizes.json"
     common = ["--device", "cpu", "--model", tmp_path / "model", "--steps", 4, "--out", out]
-    common += ["--pictures", tmp_path, "--prompt", "a red apple"]
+    common += ["--pictures", tmp_path, "--prompt", "a red apple", "--memory", "2GB"]
     run("high_resolution", monkeypatch, *common, "--sizes", 32, 16)
     run("high_resolution", monkeypatch, *common, "--sizes", 64, "--start", tmp_path / "32.png")
     rows = read(out)["rows"]
@@ -98,9 +98,10 @@ def test_sizes_are_drawn_in_several_runs(tmp_path, monkeypatch):
 
 
 def test_one_picture_on_several_gpus_is_reported(tmp_path, monkeypatch):
-    for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", 29713)):
+    launched = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    launched["MASTER_PORT"] = 0  # a free one
+    for name, value in launched.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     out = tmp_path / "several.json"
     run("two_gpus", monkeypatch, "--tiny", "--device", "cpu", "--repeats", 1, "--out", out)
     (row,) = read(out)["rows"]
@@ -109,13 +110,20 @@ def test_one_picture_on_several_gpus_is_reported(tmp_path, monkeypatch):
 
 
 def test_distillation_reports_the_gap(tmp_path, monkeypatch):
-    """Both trainings in this process, which is faster, with settings that make them tiny."""
+    """Both trainings in this process, which is faster, with settings that make them tiny.
+
+    The teacher begins with random gates, as in test_distill.py, and the student with random mixers, so that
+    there is a gap for certain. Steps alone end the stages.
+    """
     distillation = importlib.import_module("distillation")
     tiny_pictures.write_folder(tmp_path / "data", count=20, size=(16, 16))
     tiny_training.write_models(tmp_path / "models")
+    tiny_models.tiny_transformer(mixer="softmax", num_layers=1).save_pretrained(tmp_path / "start")
+    learnt = {"init_from": tmp_path / "start", "learning_rate": 1e-2, "ema_decay": 0.9, "max_train_steps": 40}
+    special = {"train_text_to_image": learnt, "distill": {"stage1_steps": 4, "init": "random"}}
 
     def launch(name, options, more):
-        script(name).main([*tiny_training.options(options), *more])
+        script(name).main([*tiny_training.options(options), *more, *tiny_training.options(special[name])])
         return 30.0
 
     monkeypatch.setattr(distillation, "launch", launch)
@@ -126,10 +134,20 @@ def test_distillation_reports_the_gap(tmp_path, monkeypatch):
     more += ["--sheet_prompts", "none", "--curated", "no", "--optimizer", "adamw"]
     out = tmp_path / "result.json"
     own = ["--data", tmp_path / "data", "--pretrained", tmp_path / "models", "--work", tmp_path / "work"]
-    own += ["--stage1_minutes", 0.01, "--device", "cpu", "--out", out]
+    own += ["--teacher_minutes", 1000, "--stage1_minutes", 1000, "--student_minutes", 1000]
+    own += ["--device", "cpu", "--out", out]
     distillation.main([*map(str, own), "--", *more])
     (row,) = read(out)["rows"]
-    assert set(row["gap_closed"]) <= {"train", "held_out"}
+    assert set(row["gap_closed"]) == {"train", "held_out"}
+    assert all(row["ends"]["untrained"][name] > value for name, value in row["ends"]["teacher"].items())
     assert row["met"] == (min(row["gap_closed"].values()) >= 0.8)
     assert (row["seconds"], row["teacher_seconds"]) == (30.0, 30.0)
     assert "| 0.5 | " in importlib.import_module("training_report").distillation(read(out))
+
+
+def test_a_student_that_starts_better_than_its_teacher_has_no_gap(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "val_train": 0.5}\n{"step": 4, "loss": 1.0}\n')
+    ends = {"teacher": {"val_train": 0.6}, "untrained": {"val_train": 0.55}}
+    found = importlib.import_module("distillation").closed(tmp_path / "metrics.jsonl", ends)
+    assert (found["gap_closed"], found["met"]) == ({}, False)
+    assert found["course"] == [{"step": 0, "val_train": 0.5}]

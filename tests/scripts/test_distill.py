@@ -23,23 +23,29 @@ from gspn2_diffusion.training.students import find_sites, make_student
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Pictures, and an attention model that has learnt them to some degree."""
+    """Pictures, and an attention model that has learnt them to some degree.
+
+    It begins with random gates, not with closed ones, so that it leans on its attention: else the loss hardly
+    tells it from its student before training, and chance which of them is better.
+    """
     folder = tmp_path_factory.mktemp("distil")
     tiny_pictures.write_folder(folder / "data", count=8, size=(16, 16))
     tiny_training.write_models(folder / "models")
     shape = json.loads((folder / "models" / "transformer.json").read_text())
     (folder / "softmax.json").write_text(json.dumps(shape | {"mixer": "softmax", "num_layers": 2}))
+    tiny_models.tiny_transformer(mixer="softmax", num_layers=2).save_pretrained(folder / "start")
     changes = {
         "data": folder / "data",
         "cache_dir": folder / "cache",
         "transformer_config": folder / "softmax.json",
+        "init_from": folder / "start",
         "sheet_prompts": "none",
         "trackers": "none",
         "learning_rate": 1e-2,
         "batch_size": 8,
         "ema_decay": 0.9,
-        "max_train_steps": 100,
-        "log_steps": 50,
+        "max_train_steps": 60,
+        "log_steps": 30,
         "final_checkpoint": False,
     }
     script("train_text_to_image").main(tiny_training.denoiser_options(folder, folder / "run", **changes))
@@ -175,7 +181,8 @@ def whole(root):
 
 def test_both_stages_close_the_gap_and_write_a_pipeline(root, whole):
     aligned = measures(whole / "stage-1", "gap_closed_train")
-    assert aligned[0] == pytest.approx(0, abs=1e-6)
+    # The same weights are measured twice; 1e-4 of the gap is far above rounding, far below any progress.
+    assert aligned[0] == pytest.approx(0, abs=1e-4)
     assert aligned[-1] > 0.2
     final = measures(whole, "gap_closed_train")
     assert final[0] == pytest.approx(aligned[-1], abs=1e-4)
