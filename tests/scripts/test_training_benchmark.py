@@ -34,7 +34,7 @@ def row(**changes):
 
 def test_runs_are_measured_and_add_up(tmp_path):
     out = tmp_path / "result.json"
-    common = ["--tiny", "--out", str(out), "--seconds_per_cell", "0.01"]
+    common = ["--tiny", "--out", str(out), "--seconds_per_cell", "0.01", "--seconds", "1e9"]
     training.main([*common, "--commit", "abc"])
     first = json.loads(out.read_text())
     assert [(row["pixels"], row["mixer"]) for row in first["rows"]] == [
