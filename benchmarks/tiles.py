@@ -2,6 +2,7 @@
 
     python benchmarks/tiles.py --seconds 100              # measure; writes results/tiles-<gpu>.json
     python benchmarks/tiles.py --kernels warp             # of the warp kernels: ops/warp_plans.py
+    python benchmarks/tiles.py --kernels plane            # of the plane kernel: ops/plane_plans.py
     python benchmarks/tiles.py --fit results/tiles-nvidia-h200.json
 
 A tile whose result differs from the generic kernel's is reported and not timed.
@@ -10,6 +11,7 @@ A tile whose result differs from the generic kernel's is reported and not timed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import sys
@@ -22,11 +24,13 @@ import torch
 from line_scan import CASES, DIRECTIONS, MINIMUM_BYTES, Inputs, make_inputs, relative_error
 from timing import time_graph, write_result
 
-from gspn2_diffusion.ops import cupy_backend, plans, scan_kernels, warp_plans
+from gspn2_diffusion.ops import cupy_backend, plane_plans, plans, scan_kernels, warp_plans
+from gspn2_diffusion.ops.plane_plans import PlaneTile
 from gspn2_diffusion.ops.plans import Plan, Problem, Tile, generic_plan
 from gspn2_diffusion.ops.warp_plans import WarpTile
 
 SHAPES = [shape for shape in CASES if shape[3] % 8 == 0]
+PLANES = [shape for shape in CASES if shape[3] == 1]
 MAX_ERROR = 8e-3  # relative, in bfloat16
 
 
@@ -58,7 +62,20 @@ class Warp:
         return warp_plans.warp_tiles(problem, [n for n in clusters if n in warp_plans.CLUSTERS])
 
 
-FAMILIES: dict[str, Any] = {"tiled": Tiled, "warp": Warp}
+class Plane:
+    """The plane kernel's choices; nothing is fitted for it."""
+
+    tile = PlaneTile
+    fields = ("cluster",)
+    plan = staticmethod(plane_plans.plane_plan)
+    choose = staticmethod(plane_plans.choose_plane_tile)
+
+    @staticmethod
+    def candidates(problem: Problem, clusters: tuple[int, ...]) -> Any:
+        return plane_plans.plane_tiles(problem, [n for n in clusters if n in plane_plans.CLUSTERS])
+
+
+FAMILIES: dict[str, Any] = {"tiled": Tiled, "warp": Warp, "plane": Plane}
 
 
 def problem_of(shape: tuple[int, ...], backward: bool) -> Problem:
@@ -94,12 +111,13 @@ def measure(
     candidates.sort(key=lambda candidate: candidate[0] != chosen)  # it first, in any case
     bytes_read = 2 * 9 * problem.batch * problem.height * problem.width * problem.channels
     sets = make_inputs(shape, max(1, min(12, -(-MINIMUM_BYTES // bytes_read))))
-    forward = generic_plan(problem_of(shape, False), 8, limit)
+    vec = min(8, problem.channels)
+    forward = generic_plan(problem_of(shape, False), vec, limit)
     states: list[torch.Tensor | None] = [
         scan_kernels.line_scan_forward(*s, DIRECTIONS, 0, True, True, plan=forward)[1] if backward else None
         for s in sets
     ]
-    want = run(sets[0], states[0], generic_plan(problem, 8, limit))
+    want = run(sets[0], states[0], generic_plan(problem, vec, limit))
     rows: list[dict[str, Any]] = []
     start = time.perf_counter()
     for tile, plan in candidates:
@@ -180,12 +198,13 @@ def main() -> None:
     limit, processors = cupy_backend.shared_limit(device), cupy_backend.processors(device)
     family, cases = FAMILIES[options.kernels], []
     with torch.no_grad():
-        for shape in SHAPES:
-            for backward in (False, True):
-                rows = measure(family, shape, backward, options.seconds / (2 * len(SHAPES)))
-                cases.append({"shape": list(shape), "backward": backward, "tiles": rows})
-                report(family, cases[-1], limit, processors)
-                torch.cuda.empty_cache()
+        plane = options.kernels == "plane"
+        todo = list(itertools.product(PLANES if plane else SHAPES, (False,) if plane else (False, True)))
+        for shape, backward in todo:
+            rows = measure(family, shape, backward, options.seconds / len(todo))
+            cases.append({"shape": list(shape), "backward": backward, "tiles": rows})
+            report(family, cases[-1], limit, processors)
+            torch.cuda.empty_cache()
     result = {
         "dtype": "bfloat16",
         "kernels": options.kernels,

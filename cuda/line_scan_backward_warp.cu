@@ -139,7 +139,7 @@ template <int CLUSTER> __device__ __forceinline__ void line_scan(const Parameter
   if (k.begin >= k.end) return;  // the whole cluster: directions with fewer lines have fewer chunks
   const Memory<SLOTS> m(shared, k, t);
   Border border;
-  border.setup<SLOTS, CLUSTER>(m, k, t);
+  border.setup<CLUSTER>(m, k, t);
   start_together<CLUSTER>();
   if (k.start >= k.positions) return;  // the whole warp
 

@@ -210,8 +210,8 @@ struct Border {
   unsigned far_target, signal;
 
   // Warps beyond the last position only set their barriers up.
-  template <int SLOTS, int CLUSTER>
-  __device__ __forceinline__ void setup(const Memory<SLOTS>& m, const Tile& k, const Tiling& t) {
+  template <int CLUSTER, typename M>
+  __device__ __forceinline__ void setup(const M& m, const Tile& k, const Tiling& t) {
     const int rows = (int)t.position_warps, columns = (int)t.channel_warps, row = k.warp / columns;
     const int side = k.trails, c = k.lane % k.lanes * VEC;
     slice = k.lanes * VEC, settles = c == 0;

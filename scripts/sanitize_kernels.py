@@ -15,6 +15,7 @@ import sys
 import torch
 
 from gspn2_diffusion.ops import cupy_backend, scan_kernels
+from gspn2_diffusion.ops.plane_plans import PlaneTile, plane_plan
 from gspn2_diffusion.ops.plans import Problem, Tile, tiled_plan
 from gspn2_diffusion.ops.warp_plans import WarpTile, warp_plan
 
@@ -43,7 +44,7 @@ def run_case(
 
 
 # (H, W), channels, tile: the kinds of launch that small pictures do not get by themselves.
-TILES: list[tuple[tuple[int, int], int, Tile | WarpTile]] = [
+TILES: list[tuple[tuple[int, int], int, Tile | WarpTile | PlaneTile]] = [
     ((33, 65), 48, Tile(8, 3, 16, 1, 0, 1)),
     ((61, 90), 32, Tile(4, 1, 16, 2, 8, 4)),
     ((61, 90), 32, Tile(8, 3, 32, 2, 4, 2)),
@@ -54,18 +55,31 @@ TILES: list[tuple[tuple[int, int], int, Tile | WarpTile]] = [
     ((61, 90), 32, WarpTile(4, 1, 4, 1, 6, 2)),
     ((130, 97), 16, WarpTile(8, 2, 2, 1, 2, 4)),
     ((310, 318), 16, WarpTile(8, 2, 1, 1, 1, 8)),
+    ((40, 136), 1, PlaneTile(1)),
+    ((260, 264), 1, PlaneTile(2)),
 ]
 
 
-def run_tile(size: tuple[int, int], channels: int, tile: Tile | WarpTile) -> None:
-    """A forward and a backward launch with a given tile."""
+def run_tile(size: tuple[int, int], channels: int, tile: Tile | WarpTile | PlaneTile) -> None:
+    """A forward and a backward launch with a given tile; of a plane, forward only."""
     grid, d = (1, *size), len(DIRECTIONS)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
-    inputs = (draw(*grid, channels), draw(*grid, d, 1, 3), draw(*grid, d, channels), draw(*grid, d, channels))
     limit = cupy_backend.shared_limit(torch.cuda.current_device())
+    if isinstance(tile, PlaneTile):
+        problem = Problem(*grid, channels, 1, tuple(DIRECTIONS), 0, 2, False)
+        apart = (draw(d, *grid, n).movedim(0, 3) for n in (3, channels, channels))
+        weight, lam, u = apart
+        plane = plane_plan(problem, tile, True, limit)
+        assert plane is not None, tile
+        options = (DIRECTIONS, 0, True)
+        scan_kernels.line_scan_forward(
+            draw(*grid, channels), weight.unsqueeze(-2), lam, u, *options, True, plan=plane
+        )
+        return
+    inputs = (draw(*grid, channels), draw(*grid, d, 1, 3), draw(*grid, d, channels), draw(*grid, d, channels))
     problems = [Problem(*grid, channels, 1, tuple(DIRECTIONS), 0, 2, backward) for backward in (False, True)]
     plans = [
         tiled_plan(problem, tile, True, limit)

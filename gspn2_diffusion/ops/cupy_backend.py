@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 
+from gspn2_diffusion.ops.plane_plans import RUN as PLANE_RUN
 from gspn2_diffusion.ops.plans import RUNS, Plan
 from gspn2_diffusion.ops.warp_plans import WARP_RUNS
 
 GENERIC = ("line_scan_forward", "line_scan_backward")
 TILED = ("line_scan_forward_tiled", "line_scan_backward_tiled")
 WARP = ("line_scan_forward_warp", "line_scan_backward_warp")
+PLANE = ("line_scan_forward_plane",)
 FINISH = "line_scan_finish"
 CLUSTERS = (1, 2, 4, 8, 16)
 _NON_PORTABLE_CLUSTER = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
@@ -85,6 +87,7 @@ def variants() -> list[Variant]:
         found += [(name, dtype, vec * 2 // dtype.itemsize, run) for name in TILED for vec, run in RUNS]
         for name, backward in zip(WARP, (False, True), strict=True):
             found += [(name, dtype, vec, run) for vec, run in WARP_RUNS[dtype.itemsize, backward]]
+        found += [(name, dtype, PLANE_RUN, PLANE_RUN) for name in PLANE]
         found += [(FINISH, dtype, chunk, 1)]
     return found
 

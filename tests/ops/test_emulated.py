@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from gspn2_diffusion.ops import scan_kernels
 from gspn2_diffusion.ops.line_scan import line_scan
+from gspn2_diffusion.ops.plane_plans import PlaneTile, fits_planes, plane_plan
 from gspn2_diffusion.ops.plans import Problem, generic_plan
 from gspn2_diffusion.ops.warp_plans import WarpTile, warp_plan
 
@@ -46,6 +48,60 @@ def strided(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
         return big[..., : t.shape[-1]]
 
     return {name: None if t is None else wide(t) for name, t in inputs.items()}
+
+
+PLANES = [  # (H, W), tile, chunk, dtype, options of the inputs
+    ((20, 136), PlaneTile(1), 0, torch.bfloat16, {}),
+    ((140, 24), PlaneTile(1), 8, torch.bfloat16, {"with_u": False}),
+    ((4, 264), PlaneTile(4), 16, torch.bfloat16, {"normalize": False}),
+    ((8, 140), PlaneTile(2), 0, torch.float32, {}),
+]
+
+
+@pytest.mark.parametrize(("size", "tile", "chunk", "dtype", "kind"), PLANES)
+def test_one_channel(size, tile, chunk, dtype, kind):
+    inputs = make_inputs(2, *size, 1, dtype=dtype, **kind)
+    with torch.no_grad():
+        inputs["weight"][:, 0, :, 0] = inputs["weight"][:, -1, :, 1] = float(
+            "inf"
+        )  # of first lines: not used
+        inputs = {n: t if n == "x" or t is None else rows_in_one_piece(t) for n, t in inputs.items()}
+    normalize = kind.get("normalize", True)
+    problem = Problem(2, *size, 1, 1, (0, 1, 2, 3), chunk, dtype.itemsize, False)
+    plan = plane_plan(problem, tile, normalize, SHARED_LIMIT)
+    setting = ((0, 1, 2, 3), chunk, normalize)
+    y, state = scan_kernels.line_scan_forward(*inputs.values(), *setting, True, plan=plan)
+    assert y.stride() == inputs["lam"].stride()
+    options = {"chunk_size": chunk or None, "normalize": normalize}
+    for got, gate in ((y, inputs["u"]), (y if state is None else state, None)):
+        want = ground_truth({**inputs, "u": gate}, torch.zeros_like(y), **options)["y"]
+        assert relative_error(got, want) <= FORWARD_TOLERANCE[dtype]
+
+
+def rows_in_one_piece(t: Tensor) -> Tensor:
+    """The same values with the directions outermost."""
+    return t.movedim(3, 0).contiguous().movedim(0, 3)
+
+
+def test_which_layouts_the_plane_kernel_takes():
+    problem = Problem(2, 12, 16, 1, 1, (0, 1, 2, 3), 0, 2, False)
+    inputs = make_inputs(2, 12, 16, 1, dtype=torch.bfloat16)
+    apart = {n: t if n == "x" else rows_in_one_piece(t) for n, t in inputs.items()}
+
+    def fits(tensors, alignment=0, problem=problem):
+        strides = [tensors[n].stride()[:-1] for n in ("x", "lam", "u")]
+        return fits_planes(problem, strides, tensors["weight"].stride(), alignment)
+
+    assert fits(apart)
+    assert not fits(inputs)  # directions side by side
+    assert not fits(apart, alignment=8)
+    cropped = {n: t[:, :, 4:12] for n, t in apart.items()}
+    assert fits(cropped, problem=replace(problem, width=8))
+    odd = {n: t[:, :, :15].contiguous() for n, t in apart.items()}
+    assert not fits(odd, problem=replace(problem, width=15))
+    assert not fits(apart, problem=replace(problem, chunk=4))
+    assert not fits(apart, problem=replace(problem, channels=2))
+    assert plane_plan(replace(problem, backward=True), PlaneTile(1), True, SHARED_LIMIT) is None
 
 
 def make_plan(x: Tensor, groups: int, tile: WarpTile | int, chunk: int, normalize: bool, backward: bool):

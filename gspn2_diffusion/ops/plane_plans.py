@@ -1,0 +1,98 @@
+"""Launches of the plane kernel: scans of one channel whose rows lie in one piece. See ``cuda/plane.cuh``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gspn2_diffusion.ops.plans import Plan, Problem, ceil_div, check_grid
+
+RUN = 4  # positions of a lane, elements of its vectors
+STAGES = 2  # as in cuda/plane.cuh
+SPAN = 32 * RUN  # positions of a warp
+MAX_WARPS = 9  # PLANE_THREADS
+CLUSTERS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class PlaneTile:
+    """The one choice of a launch: how many blocks share a line."""
+
+    cluster: int
+
+
+def shared_bytes(warps: int) -> int:
+    """Shared memory of a block: ``struct PlaneMemory`` in ``cuda/plane.cuh``."""
+    ring = STAGES * 6 * 16 * SPAN  # x, lam, u and three coefficients: vectors of a position
+    return warps * (ring + 4 * RUN * 4 + 32)
+
+
+def fits_planes(
+    problem: Problem, strides: Sequence[tuple[int, ...]], weight: tuple[int, ...], alignment: int
+) -> bool:
+    """Whether the plane kernel takes a problem and its layouts.
+
+    Args:
+        strides: of each tensor but the weights, of all dimensions but the last.
+        weight: strides of ``(B, H, W, D, G, 3)``.
+        alignment: all addresses modulo 16, combined by bitwise or.
+    """
+    columns = 16 // problem.itemsize
+    sides = (problem.width, problem.chunk)
+    if problem.channels != 1 or any(n % columns for n in sides) or problem.height % RUN or alignment:
+        return False
+    sizes = (problem.batch, problem.height, problem.width, len(problem.directions))
+    for pixel, each in ((3, weight), *((1, one) for one in strides)):
+        rows = [s for s, n, axis in zip(each, sizes, range(4), strict=False) if n > 1 and axis != 2]
+        if each[2] != pixel or any(s % columns for s in rows):
+            return False
+    return True
+
+
+def plane_tiles(problem: Problem, clusters: Sequence[int] = CLUSTERS) -> list[PlaneTile]:
+    """Every choice worth trying: those with no block that has nothing to do."""
+    longest = problem.line_lengths[-1]
+    tiles = []
+    for cluster in clusters:
+        warps = ceil_div(longest, cluster * SPAN)
+        if cluster == 1 or (cluster - 1) * warps * SPAN < longest:
+            tiles.append(PlaneTile(cluster))
+    return tiles
+
+
+def choose_plane_tile(
+    problem: Problem, clusters: Sequence[int], shared_limit: int, processors: int
+) -> PlaneTile | None:
+    """The fewest blocks that hold a line, or None where none can."""
+    for tile in plane_tiles(problem, [n for n in clusters if n in CLUSTERS]):
+        if plane_plan(problem, tile, True, shared_limit) is not None:
+            return tile
+    return None
+
+
+def plane_plan(problem: Problem, tile: PlaneTile, normalize: bool, shared_limit: int) -> Plan | None:
+    """The launch of a problem that :func:`fits_planes`, or None where the blocks cannot hold a line.
+
+    There is no backward kernel of this kind; the generic one takes the states that this one leaves.
+    """
+    if problem.backward or problem.channels != 1:
+        return None
+    cluster = tile.cluster
+    warps = ceil_div(problem.line_lengths[-1], cluster * SPAN)
+    shared = shared_bytes(warps)
+    if warps > MAX_WARPS or shared > shared_limit:
+        return None
+    chunks = ceil_div(problem.lines, problem.chunk_lines)
+    grid = cluster * chunks * len(problem.directions) * problem.batch
+    check_grid(grid, problem)
+    source = "line_scan_forward_plane"
+    return Plan(
+        source=source,
+        entry=f"{source}_{cluster}",
+        vec=RUN,
+        run=RUN,
+        grid=grid,
+        threads=32 * warps,
+        shared_bytes=shared,
+        parameters=(*problem.shape, problem.chunk_lines, chunks, 1, 1, warps, 1, int(normalize)),
+    )
