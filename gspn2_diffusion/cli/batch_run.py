@@ -165,11 +165,11 @@ def _draw(request: Request, reporter: Reporter, stop: StopFlag) -> None:
     reporter.event("plan", total=len(mine), skipped=len(mine) - len(left))
     reporter.progress()
     runner = _runner(request, pipe, device, reporter, stop)
-    reporter.started = time.time()
+    reporter.started, begin = time.time(), time.perf_counter()
     try:
         runner.run(_without_impossible(left, pipe, runner))
-    finally:
-        reporter.ended = time.time()
+    finally:  # the clock of the day may be set back meanwhile
+        reporter.ended = reporter.started + time.perf_counter() - begin
 
 
 def _device(request: Request) -> torch.device:
