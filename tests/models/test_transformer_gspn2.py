@@ -84,7 +84,8 @@ def test_gradient_checkpointing_changes_nothing():
     assert len(calls) == 2  # recomputed in the backward pass
     assert torch.equal(*outputs)
     for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, msg=name)
+        # Sums over tokens, of terms that cancel: as exact as the largest of them.
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5 * float(a.grad.abs().max()), msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
