@@ -42,7 +42,8 @@ def test_compiled_blocks_see_what_large_pictures_change() -> None:
     before = model(latents, **arguments).sample
     with balanced_scans(model, 4, 4), balanced_scans(plain, 4, 4), chunked_feed_forward(model, 3):
         found, wanted = (each(latents, **arguments).sample for each in (model, plain))
-    torch.testing.assert_close(found, wanted)
+    # Chunks are matrix products of other shapes: ten layers of float32 rounding, not bits.
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(found, before, atol=1e-3)
     torch.testing.assert_close(model(latents, **arguments).sample, before)
     assert len(graphs) == 2  # all ten blocks share one of each kind

@@ -177,16 +177,18 @@ def test_a_small_picture_is_drawn_as_the_plain_pipeline_draws(shared):
     plain.register_modules(vae=shared.vae)
     plain.set_progress_bar_config(disable=True)
     want = plain(PROMPT, num_inference_steps=3, output_type="np", generator=torch.Generator().manual_seed(0))
-    assert np.abs(draw(shared, 16, 16).images - want.images).max() <= 0.5 / 255 + 1e-6
+    # Half a level of 255, and what float32 may lose over three steps.
+    assert np.abs(draw(shared, 16, 16).images - want.images).max() <= 0.5 / 255 + 2e-5
 
 
 def test_a_plan_is_kept_and_gives_the_same_picture(shared, monkeypatch):
     free = draw(shared, 160, 96, output_type="latent")
     seen: dict[str, list[int]] = {"tokens": [], "rows": [], "latents": []}
-    shared.transformer.transformer_blocks[0].ff.net[0].register_forward_pre_hook(
+    first = shared.transformer.transformer_blocks[0].ff.net[0]
+    feed_forward = first.register_forward_pre_hook(
         lambda _, args: seen["tokens"].append(args[0].shape[0] * args[0].shape[1])
     )
-    handle = shared.transformer.patch_embed.register_forward_pre_hook(
+    rows = shared.transformer.patch_embed.register_forward_pre_hook(
         lambda _, args: seen["rows"].append(args[0].shape[0])
     )
     decoder = shared.vae.decoder.register_forward_pre_hook(
@@ -195,8 +197,8 @@ def test_a_plan_is_kept_and_gives_the_same_picture(shared, monkeypatch):
     plan = MemoryPlan(160, 96, 10**9, 10**9, False, 256, 32, (3, 2))
     monkeypatch.setattr(shared, "make_plan", lambda *_: plan)
     tight = draw(shared, 160, 96, output_type="latent")
-    handle.remove()
-    decoder.remove()
+    for hook in (feed_forward, rows, decoder):
+        hook.remove()
     assert tight.plan is plan
     assert max(seen["tokens"]) == 256
     assert max(seen["rows"]) == 1
