@@ -60,11 +60,14 @@ def ddp(root):
     return root / "ddp"
 
 
-def close(first, second, name, atol=2e-5):
+BFLOAT16_STEP = 2**-7  # from one value to the next: those that are nearly equal may be rounded apart
+
+
+def close(first, second, name, atol=2e-5, rtol=1e-3):
     one, other = load_file(first / name), load_file(second / name)
     assert one.keys() == other.keys()
     for key in one:
-        torch.testing.assert_close(one[key], other[key], atol=atol, rtol=1e-3)
+        torch.testing.assert_close(one[key], other[key], atol=atol, rtol=rtol)
 
 
 def test_two_processes_share_the_work_and_write_once(ddp):
@@ -162,7 +165,7 @@ def test_distillation_with_split_weights_is_the_same(root):
             for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
                 close(whole / folder, split / folder, name)
         assert (whole / "gap.json").read_text() == (split / "gap.json").read_text()
-        close(whole, split, "transformer/diffusion_pytorch_model.safetensors")
+        close(whole, split, "transformer/diffusion_pytorch_model.safetensors", rtol=BFLOAT16_STEP)
 
 
 @pytest.mark.gpu
