@@ -105,6 +105,12 @@ class Engine:
         """Whether the first loading has ended, well or not, within ``seconds``."""
         return self._ready.wait(seconds)
 
+    def close(self) -> None:
+        """Waits for what runs, such as the first loading, and ends the drawing thread."""
+        if not self._ready.is_set():
+            logger.info("ends when %s is loaded; Ctrl+C once more does not wait", self.shelf.first)
+        self._worker.close()
+
     def _load_first(self) -> None:
         try:
             self._load(self.shelf.first)

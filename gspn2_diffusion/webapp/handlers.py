@@ -178,6 +178,12 @@ class App:
         """Stops everything ``visitor`` has asked for."""
         return STOPPING if self.running.stop(visitor) else "Nothing is running."
 
+    def close(self) -> None:
+        """Stops what is being drawn, ends the engine, and removes the pictures."""
+        self.running.stop_all()
+        self.engine.close()
+        self.store.close()
+
     def info(self) -> dict[str, Any]:
         """Model, backend, limits and words, for programs."""
         return {

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gspn2_diffusion.webapp.limits import Limits
+
+if TYPE_CHECKING:
+    from gspn2_diffusion.webapp.engine import Engine
+    from gspn2_diffusion.webapp.ui import Page
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +45,8 @@ def launch(options: ServerOptions, block: bool = True) -> Any:
     """Serves the page.
 
     Args:
-        block: False returns at once; the caller closes what is returned (``page.blocks.close()``).
+        block: False returns at once; the caller closes what is returned (``page.blocks.close()``, then
+            ``page.app.close()``).
 
     Returns:
         The :class:`gspn2_diffusion.webapp.ui.Page`.
@@ -49,8 +55,6 @@ def launch(options: ServerOptions, block: bool = True) -> Any:
         CliError: a model or LoRA does not exist.
         OSError: the port is taken.
     """
-    import PIL.Image
-
     from gspn2_diffusion.webapp.engine import Engine
     from gspn2_diffusion.webapp.shelf import build_shelf
     from gspn2_diffusion.webapp.worker import keep_few_arenas
@@ -58,49 +62,60 @@ def launch(options: ServerOptions, block: bool = True) -> Any:
     keep_few_arenas()
     shelf = build_shelf(options.models, options.lora_dir)
     engine = Engine(shelf, options.device, options.dtype, options.limits.queue)
-    engine.load_in_background()  # while Gradio is imported
+    with contextlib.ExitStack() as stack:
+        stack.callback(engine.close)
+        engine.load_in_background()  # while Gradio is imported
+        page = _build(engine, options)
+        stack.callback(page.app.close)
+        _serve(page, options)
+        if block:
+            page.blocks.block_thread()
+        else:
+            stack.pop_all()
+    return page
+
+
+def _build(engine: Engine, options: ServerOptions) -> Page:
+    import PIL.Image
+
     # A folder of its own for uploads: their addresses contain it, and nobody else's files lie there.
     os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="gspn2-uploads-"))
     from gspn2_diffusion.webapp.errors import sentences_without_tracebacks
     from gspn2_diffusion.webapp.handlers import App
-    from gspn2_diffusion.webapp.style import CSS, HEAD, chip_css
     from gspn2_diffusion.webapp.ui import Page
 
     # For what decodes without asking us first, such as Gradio's editor: Pillow refuses twice this number.
     PIL.Image.MAX_IMAGE_PIXELS = options.limits.upload_pixels // 2
     sentences_without_tracebacks()
-    app = App(engine, options.limits)
-    page = Page(app)
+    return Page(App(engine, options.limits))
+
+
+def _serve(page: Page, options: ServerOptions) -> None:
+    from gspn2_diffusion.webapp.style import CSS, HEAD, chip_css
+
     # Every waiting visitor holds a Gradio job; the engine's line is the one that says "full".
     page.blocks.queue(max_size=4 * options.limits.queue)
-    try:
-        page.blocks.launch(
-            server_name=options.host,
-            server_port=options.port,
-            share=options.share or os.environ.get("GRADIO_SHARE", "").lower() == "true",
-            auth=options.auth,
-            inbrowser=options.browser,
-            prevent_thread_lock=True,
-            max_threads=40 + options.limits.queue,
-            max_file_size=options.limits.upload_bytes,
-            show_error=False,
-            run_history=False,
-            ssr_mode=False,
-            mcp_server=False,
-            enable_monitoring=False,
-            num_workers=0,  # else it listens on a second port
-            footer_links=["api", "settings"],
-            theme=_theme(),
-            css=CSS + chip_css(app.words),
-            head=HEAD,
-            quiet=False,
-        )
-        if block:
-            page.blocks.block_thread()
-    finally:
-        if block:
-            app.store.close()
-    return page
+    page.blocks.launch(
+        server_name=options.host,
+        server_port=options.port,
+        share=options.share or os.environ.get("GRADIO_SHARE", "").lower() == "true",
+        auth=options.auth,
+        inbrowser=options.browser,
+        prevent_thread_lock=True,
+        max_threads=40 + options.limits.queue,
+        max_file_size=options.limits.upload_bytes,
+        show_error=False,
+        run_history=False,
+        ssr_mode=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        num_workers=0,  # else it listens on a second port
+        footer_links=["api", "settings"],
+        theme=_theme(),
+        css=CSS + chip_css(page.app.words),
+        head=HEAD,
+        quiet=False,
+    )
 
 
 def _theme() -> Any:

@@ -84,6 +84,13 @@ class Running:
             signal.set()
         return len(signals)
 
+    def stop_all(self) -> None:
+        """Sets the signals of everybody."""
+        with self._lock:
+            visitors = list(self._signals)
+        for visitor in visitors:
+            self.stop(visitor)
+
 
 class Once:
     """Lets a second click on a button do nothing while the first one is served.

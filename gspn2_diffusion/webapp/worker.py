@@ -16,15 +16,16 @@ _ARENAS = 2
 
 
 class Worker:
-    """Runs functions one after the other in a thread that lives as long as the process.
+    """Runs functions one after the other in a thread of its own, until it is closed.
 
     glibc keeps freed memory apart for each thread: with a new thread for every request a server that draws
     on the CPU would grow until every such store has seen the largest picture.
     """
 
     def __init__(self, name: str) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], None], threading.Event]] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name=name, daemon=True).start()
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], None], threading.Event] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
 
     def submit(self, function: Callable[[], None]) -> threading.Event:
         """Returns at once; the event is set when ``function`` has ended, well or not."""
@@ -32,15 +33,23 @@ class Worker:
         self._jobs.put((function, done))
         return done
 
+    def close(self) -> None:
+        """Ends the thread after the jobs that it has; once more is harmless.
+
+        An interpreter that ends while a thread is inside torch is aborted (SIGABRT).
+        """
+        self._jobs.put(None)
+        self._thread.join()
+
     def _run(self) -> None:
-        while True:
-            function, done = self._jobs.get()
+        while (job := self._jobs.get()) is not None:
+            function, done = job
             try:
                 function()
             except Exception:
                 logger.exception("a job of the worker failed")
             finally:
-                del function
+                del function, job
                 give_back()
                 done.set()
 

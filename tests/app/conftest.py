@@ -50,14 +50,15 @@ def lora_folder(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
 
 
 @pytest.fixture(scope="session")
-def engine(tiny_model: Path) -> Any:
+def engine(tiny_model: Path) -> Iterator[Any]:
     from gspn2_diffusion.webapp.engine import Engine
     from gspn2_diffusion.webapp.shelf import build_shelf
 
     engine = Engine(build_shelf([str(tiny_model)]), "cpu", "float32", longest_line=3)
     engine.load_in_background()
     assert engine.wait(600)
-    return engine
+    yield engine
+    engine.close()
 
 
 @pytest.fixture(scope="session")
@@ -71,4 +72,4 @@ def server(tiny_model: Path, other_model: Path, lora_folder: Path | None) -> Ite
     assert page.app.engine.wait(600)
     yield page
     page.blocks.close()
-    page.app.store.close()
+    page.app.close()

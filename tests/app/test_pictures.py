@@ -174,6 +174,11 @@ def test_worker_outlives_what_fails_and_keeps_the_order(caplog: pytest.LogCaptur
     assert seen == [0, 1, 2, 3]
     assert len(threads) == 1
     assert "broken on purpose" in caplog.text
+    last = worker.submit(functools.partial(note, 4))
+    for _ in range(2):
+        worker.close()  # after what it has been given
+    assert last.is_set()
+    assert threads.isdisjoint(thread.ident for thread in threading.enumerate())
 
 
 def test_only_what_is_there_comes_on_the_shelf(tmp_path: Path) -> None:

@@ -181,7 +181,10 @@ def test_as_a_program_with_port_and_password_from_the_environment(tiny_model: Pa
                 connect(url, auth=("ann", "wrong"))
             inside = connect(url, auth=("ann", "secret"))
             assert inside.predict(api_name="/info")["model"] == "tiny"
-            process.send_signal(signal.SIGINT)
+            inside.submit("a red apple", width=512, height=512, steps=100, count=8, api_name="/generate")
+            while (found := inside.predict(api_name="/info"))["state"] != "ready" or not found["waiting"]:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)  # while it draws
             assert process.wait(HANGS) in (0, 130)
         finally:
             process.kill()
