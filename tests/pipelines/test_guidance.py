@@ -19,6 +19,7 @@ from gspn2_diffusion.pipelines.pipeline_gspn2 import GSPN2Pipeline
 STEPS = 4
 
 
+# Compared up to 1e-4 where batches differ: latents reach 10, of which float32 keeps 1e-6, before guidance.
 def latents_of(pipe: GSPN2Pipeline, **options: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     settings = {"num_inference_steps": STEPS, "output_type": "latent", "generator": generator, **options}
@@ -52,7 +53,7 @@ def test_interval_saves_denoiser_work(pipe: GSPN2Pipeline, interval: Any, rows: 
 def test_interval_ends_are_full_and_no_guidance(pipe: GSPN2Pipeline) -> None:
     assert torch.equal(latents_of(pipe, guidance_interval=(0.0, 1.0)), latents_of(pipe))
     none = latents_of(pipe, guidance_scale=1.0)
-    torch.testing.assert_close(latents_of(pipe, guidance_interval=(1.0, 1.0)), none, atol=1e-6, rtol=0)
+    torch.testing.assert_close(latents_of(pipe, guidance_interval=(1.0, 1.0)), none, atol=1e-5, rtol=0)
     assert (latents_of(pipe, guidance_interval=(0.25, 0.75)) - none).abs().max() > 0.01
 
 
@@ -79,10 +80,10 @@ def test_rescale_reaches_the_picture(pipe: GSPN2Pipeline) -> None:
 
 def test_guider_of_plain_guidance_equals_guidance_scale(pipe: GSPN2Pipeline) -> None:
     guided = latents_of(pipe, guider=ClassifierFreeGuidance(guidance_scale=3.0))
-    torch.testing.assert_close(guided, latents_of(pipe, guidance_scale=3.0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(guided, latents_of(pipe, guidance_scale=3.0), atol=1e-4, rtol=0)
     part = latents_of(pipe, guider=ClassifierFreeGuidance(guidance_scale=3.0, start=0.25, stop=0.75))
     expected = latents_of(pipe, guidance_scale=3.0, guidance_interval=(0.25, 0.75))
-    torch.testing.assert_close(part, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(part, expected, atol=1e-4, rtol=0)
 
 
 def test_adaptive_projected_guidance(pipe: GSPN2Pipeline) -> None:
@@ -90,7 +91,7 @@ def test_adaptive_projected_guidance(pipe: GSPN2Pipeline) -> None:
     loose = {"guidance_scale": 3.0, "adaptive_projected_guidance_rescale": 0.0}
     plain = latents_of(pipe, guidance_scale=3.0)
     guided = latents_of(pipe, guider=AdaptiveProjectedGuidance(**loose))
-    torch.testing.assert_close(guided, plain, atol=1e-5, rtol=0)
+    torch.testing.assert_close(guided, plain, atol=1e-4, rtol=0)
     for change in ({"eta": 0.0}, {"adaptive_projected_guidance_momentum": -0.5}):
         guider = AdaptiveProjectedGuidance(**loose, **change)
         changed = latents_of(pipe, guider=guider)

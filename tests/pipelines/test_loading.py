@@ -43,7 +43,7 @@ def latents_of(pipe: GSPN2Pipeline) -> torch.Tensor:
 
 def assert_same_model(found: GSPN2Pipeline, wanted: GSPN2Pipeline) -> None:
     assert_same_weights(found, wanted)
-    torch.testing.assert_close(latents_of(found), latents_of(wanted), atol=1e-5, rtol=0)
+    torch.testing.assert_close(latents_of(found), latents_of(wanted), atol=1e-4, rtol=0)
 
 
 def test_round_trip(pipe: GSPN2Pipeline, saved: Path) -> None:
@@ -113,7 +113,7 @@ def test_text_encoder_may_be_left_out(saved: Path) -> None:
         generator=torch.Generator().manual_seed(0),
         output_type="latent",
     )
-    torch.testing.assert_close(pictures.images, latents_of(full), atol=1e-6, rtol=0)
+    torch.testing.assert_close(pictures.images, latents_of(full), atol=1e-4, rtol=0)
 
 
 def test_embedded_name_leads_into_the_package(

@@ -51,7 +51,7 @@ def latents_of(pipe: Any) -> torch.Tensor:
 
 def assert_same_model(found: Any, wanted: Any) -> None:
     assert_same_weights(found, wanted)
-    torch.testing.assert_close(latents_of(found), latents_of(wanted), atol=1e-5, rtol=0)
+    torch.testing.assert_close(latents_of(found), latents_of(wanted), atol=1e-4, rtol=0)
 
 
 def test_plain_diffusers_loads_the_folder(saved: Path, tmp_path: Path, pipe: GSPN2Pipeline) -> None:

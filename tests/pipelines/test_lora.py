@@ -22,6 +22,8 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "to_proxy", "to_scan", "mixer.to_
 FILE = "pytorch_lora_weights.safetensors"
 
 
+# Latents are compared up to 1e-4: they reach 10, of which float32 keeps 1e-6, and guidance and steps make
+# that rounding grow; what another adapter or weight does is a hundred times larger (see `> 0.01` below).
 def latents_of(pipe: GSPN2Pipeline, **options: Any) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
@@ -73,7 +75,7 @@ def test_rank_and_alpha_survive_the_round_trip(
     assert [file.name for file in tmp_path.iterdir()] == [FILE]  # nothing half-written stays
     pipe = build_tiny_pipeline()
     pipe.load_lora_weights(tmp_path / FILE, adapter_name="again")
-    torch.testing.assert_close(latents_of(pipe), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(latents_of(pipe), expected, atol=1e-4, rtol=0)
     loaded = pipe.transformer.peft_config["again"]
     assert (loaded.r, loaded.lora_alpha, loaded.use_dora) == (4, 10, bool(config.get("use_dora")))
     targets = {key.split(".lora_A")[0] for key in pipe.transformer.state_dict() if ".lora_A" in key}
@@ -92,7 +94,7 @@ def test_saving_on_the_class_as_training_scripts_do(tmp_path: Path) -> None:
     )
     pipe = build_tiny_pipeline()
     pipe.load_lora_weights(str(tmp_path), weight_name="mine.safetensors")
-    torch.testing.assert_close(latents_of(pipe), latents_of(source), atol=1e-5, rtol=0)
+    torch.testing.assert_close(latents_of(pipe), latents_of(source), atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="transformer_lora_layers"):
         GSPN2Pipeline.save_lora_weights(tmp_path)
 
@@ -101,12 +103,12 @@ def test_weights_switching_and_removal(saved: Path, plain: torch.Tensor) -> None
     pipe = build_tiny_pipeline()
     pipe.load_lora_weights(saved / "first", adapter_name="a")
     first = latents_of(pipe)
-    torch.testing.assert_close(latents_of(pipe, attention_kwargs={"scale": 0.0}), plain, atol=1e-5, rtol=0)
+    torch.testing.assert_close(latents_of(pipe, attention_kwargs={"scale": 0.0}), plain, atol=1e-4, rtol=0)
     pipe.load_lora_weights(saved / "second", adapter_name="b")
     assert pipe.get_list_adapters() == {"transformer": ["a", "b"]}
     pipe.set_adapters(["a", "b"], [1.0, 0.0])
     assert sorted(pipe.get_active_adapters()) == ["a", "b"]
-    torch.testing.assert_close(latents_of(pipe), first, atol=1e-5, rtol=0)
+    torch.testing.assert_close(latents_of(pipe), first, atol=1e-4, rtol=0)
     pipe.set_adapters(["a", "b"], [0.5, 0.8])
     both = latents_of(pipe)
     assert (both - first).abs().max() > 0.01
@@ -114,11 +116,11 @@ def test_weights_switching_and_removal(saved: Path, plain: torch.Tensor) -> None
     assert pipe.get_active_adapters() == ["b"]
     half = latents_of(pipe)
     pipe.set_adapters("b", 1.0)
-    torch.testing.assert_close(latents_of(pipe, attention_kwargs={"scale": 0.5}), half, atol=1e-5, rtol=0)
+    torch.testing.assert_close(latents_of(pipe, attention_kwargs={"scale": 0.5}), half, atol=1e-4, rtol=0)
     pipe.delete_adapters("b")
     assert pipe.get_list_adapters() == {"transformer": ["a"]}
     pipe.set_adapters("a")
-    torch.testing.assert_close(latents_of(pipe), first, atol=1e-5, rtol=0)
+    torch.testing.assert_close(latents_of(pipe), first, atol=1e-4, rtol=0)
     pipe.unload_lora_weights()
     assert torch.equal(latents_of(pipe), plain)
     assert not hasattr(pipe.transformer, "peft_config")
@@ -147,7 +149,7 @@ def test_fused_without_adapter_layers_saves_and_loads_as_a_plain_model(saved: Pa
     pipe.save_pretrained(tmp_path)
     again = GSPN2Pipeline.from_pretrained(tmp_path)
     assert_same_weights(again, pipe)
-    torch.testing.assert_close(latents_of(again), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(latents_of(again), expected, atol=1e-4, rtol=0)
 
 
 def test_hotswap(saved: Path) -> None:
@@ -162,7 +164,7 @@ def test_hotswap(saved: Path) -> None:
     parameters = {name: id(parameter) for name, parameter in pipe.transformer.named_parameters()}
     for name in ("second", "small"):
         pipe.load_lora_weights(saved / name, adapter_name="slot", hotswap=True)
-        torch.testing.assert_close(latents_of(pipe), expected[name], atol=1e-5, rtol=0)
+        torch.testing.assert_close(latents_of(pipe), expected[name], atol=1e-4, rtol=0)
     assert parameters == {name: id(parameter) for name, parameter in pipe.transformer.named_parameters()}
 
 

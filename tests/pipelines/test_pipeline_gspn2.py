@@ -131,7 +131,7 @@ def test_embeddings_out_and_in_give_the_same_picture(pipe: GSPN2Pipeline) -> Non
     }
     expected = draw(pipe, [PROMPT, "a rocket"])
     pipe.text_encoder = pipe.tokenizer = None
-    np.testing.assert_allclose(draw(pipe, None, **given), expected, atol=1e-6)
+    np.testing.assert_allclose(draw(pipe, None, **given), expected, atol=2e-5)
     other = draw(
         pipe, None, **given, pooled_prompt_embeds=-pooled, negative_pooled_prompt_embeds=negative_pooled
     )

@@ -49,7 +49,7 @@ def test_swap_from_config_keeps_working(pipe: GSPN2Pipeline) -> None:
         pipe.scheduler.config, algorithm_type="sde-dpmsolver++", **FLOW
     )
     first = latents_of(pipe, num_inference_steps=4)
-    assert torch.equal(first, latents_of(pipe, num_inference_steps=4))
+    assert torch.allclose(first, latents_of(pipe, num_inference_steps=4), atol=1e-5)  # the noise comes again
     assert first.isfinite().all()
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     both = latents_of(pipe, num_inference_steps=4, num_images_per_prompt=2, generator=generators)
