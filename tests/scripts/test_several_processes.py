@@ -164,7 +164,8 @@ def test_distillation_with_split_weights_is_the_same(root):
         for folder in ("stage-1/checkpoint-2", "checkpoint-2"):
             for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
                 close(whole / folder, split / folder, name)
-        assert (whole / "gap.json").read_text() == (split / "gap.json").read_text()
+        for end, losses in json.loads((whole / "gap.json").read_text()).items():
+            assert json.loads((split / "gap.json").read_text())[end] == pytest.approx(losses, rel=1e-5)
         close(whole, split, "transformer/diffusion_pytorch_model.safetensors", rtol=BFLOAT16_STEP)
 
 
