@@ -167,11 +167,12 @@ def test_runs_on_the_current_stream():
     """A scan on a side stream waits for that stream's work and for no other's."""
     inputs = {k: v.detach() for k, v in make_inputs(4, 64, 64, 32, device="cuda").items()}
     expected = line_scan(**inputs, backend="reference")
+    line_scan(**inputs, backend="cupy")  # compiles the kernel, which takes longer than the pause below
     stream = torch.cuda.Stream()
     late = torch.zeros_like(inputs["x"])
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # the input is written long after the launch
+        torch.cuda._sleep(500_000_000)  # a quarter of a second: the input is written long after the launch
         late.copy_(inputs["x"])
         y = line_scan(**{**inputs, "x": late}, backend="cupy")
     assert not stream.query()  # the launch did not wait
