@@ -62,7 +62,7 @@ EMOJI = Vocabulary(
         "a rocket",
         "a slice of pizza",
         "a cactus",
-        "a house on the left and a tree on the right",
+        "a cat, flat style, on a yellow background",
     ),
 )
 
