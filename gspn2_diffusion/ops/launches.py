@@ -117,7 +117,7 @@ class Launch:
         if plan.tile is not None:
             make = functools.partial(tensor_maps, plan, shape, setting, tuple(mapped))
             # The caching allocator hands out the same addresses again and again.
-            self._maps = functools.lru_cache(maxsize=64)(make)
+            self._maps = functools.lru_cache(maxsize=1024)(make)
 
     def __call__(self, *pointers: int) -> None:
         """On the launch's device, which is current, and torch's current stream; 0 is no tensor."""

@@ -186,10 +186,10 @@ inline void make_cluster(int first, int blocks, int threads, int shared_bytes) {
     b->warps.resize((threads + 31) / 32);
     for (int n = 0; n < threads; ++n) {
       auto t = std::make_unique<Thread>();
-      t->stack.reset(new char[1 << 15]);
+      t->stack.reset(new char[1 << 16]);
       t->block = b.get(), t->index = n;
       getcontext(&t->context);
-      t->context.uc_stack.ss_sp = t->stack.get(), t->context.uc_stack.ss_size = 1 << 15, t->context.uc_link = nullptr;
+      t->context.uc_stack.ss_sp = t->stack.get(), t->context.uc_stack.ss_size = 1 << 16, t->context.uc_link = nullptr;
       makecontext(&t->context, enter, 0);
       b->threads.push_back(std::move(t));
     }
