@@ -21,6 +21,7 @@ from gspn2_diffusion.ops.plans import Plan
 
 SHARED_LIMIT = 227 * 1024
 HERE = Path(__file__).parent / "emulator"
+CLUSTERED = (*cupy_backend.WARP, *cupy_backend.PLANE)
 PROBLEMS = {
     1: "nothing could go on: a deadlock",
     2: "something was sent that nobody waited for",
@@ -31,7 +32,7 @@ PROBLEMS = {
 @functools.cache
 def library(source: str, dtype: torch.dtype, vec: int, run: int, entry: str) -> ctypes.CDLL:
     code = cupy_backend.kernel_source(source, dtype, vec, run, folders=(HERE, cupy_backend.source_folder()))
-    cluster = entry.rsplit("_", 1)[1] if source in cupy_backend.WARP else "1"
+    cluster = entry.rsplit("_", 1)[1] if source in CLUSTERED else "1"
     code = re.sub(rf"^ENTRY\((?!{cluster},).*$", "", code, flags=re.MULTILINE)  # other cluster sizes
     code = f"""#include "{HERE / "emulator.hpp"}"
 {code}
