@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,10 @@ def _open(data: str, kind: str, split: str) -> Any:
         options["data_files"] = {"train": str(Path(data) / ending) if Path(data).is_dir() else data}
     name = {"folder": "imagefolder", "hub": data}.get(kind, kind)
     try:
-        found = datasets.load_dataset(name, **options)
+        with tempfile.TemporaryDirectory() as scratch:  # a stream keeps nothing; the home may be read-only
+            if kind != "hub":
+                options["cache_dir"] = scratch
+            found = datasets.load_dataset(name, **options)
         for column, feature in (found.features or {}).items():
             if isinstance(feature, datasets.Image):  # damaged ones must not end the run, so we decode
                 found = found.cast_column(column, datasets.Image(decode=False))
