@@ -182,7 +182,9 @@ def test_as_a_program_with_port_and_password_from_the_environment(tiny_model: Pa
             inside = connect(url, auth=("ann", "secret"))
             assert inside.predict(api_name="/info")["model"] == "tiny"
             inside.submit("a red apple", width=512, height=512, steps=100, count=8, api_name="/generate")
+            deadline = time.monotonic() + HANGS
             while (found := inside.predict(api_name="/info"))["state"] != "ready" or not found["waiting"]:
+                assert time.monotonic() < deadline, found
                 time.sleep(0.05)
             process.send_signal(signal.SIGINT)  # while it draws
             assert process.wait(HANGS) in (0, 130)
