@@ -36,6 +36,13 @@ def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield folder
 
 
+@pytest.fixture(autouse=True)
+def fresh_modules() -> Any:
+    """diffusers runs a folder's code in the module of the one before, where the other class is left over."""
+    for name in [name for name in sys.modules if name.startswith("diffusers_modules")]:
+        del sys.modules[name]
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plain") / "model"
