@@ -27,6 +27,10 @@ from gspn2_diffusion.pipelines import {name}
 
 __all__ = ["{name}"]
 
+# diffusers runs this in the module of the folder that it loaded before, and wants to find one pipeline there.
+for _other in [key for key in globals() if key.startswith("GSPN2") and key not in __all__]:
+    del globals()[_other]
+
 
 def __getattr__(name):
     return getattr(gspn2_diffusion, name)

@@ -36,13 +36,6 @@ def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield folder
 
 
-@pytest.fixture(autouse=True)
-def fresh_modules() -> Any:
-    """diffusers runs a folder's code in the module of the one before, where the other class is left over."""
-    for name in [name for name in sys.modules if name.startswith("diffusers_modules")]:
-        del sys.modules[name]
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plain") / "model"
@@ -79,6 +72,18 @@ def test_custom_pipeline(saved: Path, custom: str) -> None:
     custom = str(saved) if custom == "folder" else custom
     loaded = DiffusionPipeline.from_pretrained(str(saved), custom_pipeline=custom, trust_remote_code=True)
     assert type(loaded) is GSPN2Pipeline
+
+
+def test_custom_pipelines_of_several_kinds_in_one_process(saved: Path, tmp_path: Path) -> None:
+    """diffusers runs each folder's ``pipeline.py`` in the module of the one before."""
+    kinds = (GSPN2Img2ImgPipeline, GSPN2InpaintPipeline, GSPN2Pipeline, GSPN2Img2ImgPipeline)
+    for number, kind in enumerate(kinds):
+        folder = tmp_path / str(number)
+        kind.from_pretrained(saved).save_pretrained(folder)
+        loaded = DiffusionPipeline.from_pretrained(
+            str(folder), custom_pipeline=str(folder), trust_remote_code=True
+        )
+        assert type(loaded) is kind
 
 
 def test_custom_pipeline_for_a_folder_without_the_file(saved: Path, tmp_path: Path) -> None:
