@@ -74,15 +74,15 @@ def test_custom_pipeline(saved: Path, custom: str) -> None:
     assert type(loaded) is GSPN2Pipeline
 
 
-def test_custom_pipelines_of_several_kinds_in_one_process(saved: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("custom", ["pipeline", "folder"])
+def test_custom_pipelines_of_several_kinds_in_one_process(saved: Path, tmp_path: Path, custom: str) -> None:
     """diffusers runs each folder's ``pipeline.py`` in the module of the one before."""
     kinds = (GSPN2Img2ImgPipeline, GSPN2InpaintPipeline, GSPN2Pipeline, GSPN2Img2ImgPipeline)
     for number, kind in enumerate(kinds):
-        folder = tmp_path / str(number)
+        folder = str(tmp_path / str(number))
         kind.from_pretrained(saved).save_pretrained(folder)
-        loaded = DiffusionPipeline.from_pretrained(
-            str(folder), custom_pipeline=str(folder), trust_remote_code=True
-        )
+        name = folder if custom == "folder" else custom
+        loaded = DiffusionPipeline.from_pretrained(folder, custom_pipeline=name, trust_remote_code=True)
         assert type(loaded) is kind
 
 
