@@ -11,11 +11,11 @@ __device__ __forceinline__ Weights make_weights(const float (&raw)[3], bool has_
   Weights out = {{has_before ? raw[0] : 0.0f, raw[1], has_after ? raw[2] : 0.0f}};
   if (!normalize) return counts ? out : Weights{{0.0f, 0.0f, 0.0f}};
   const float log2_e = 1.4426950408889634f, missing = -__uint_as_float(0x7f800000u);
-  const float r[3] = {has_before ? raw[0] : missing, raw[1], has_after ? raw[2] : missing};
-  const float m = fminf(fmaxf(r[1], fmaxf(r[0], r[2])), 0.0f) * log2_e, offset = fast_exp2(m);
+  const float r[3] = {has_before ? raw[0] * log2_e : missing, raw[1] * log2_e, has_after ? raw[2] * log2_e : missing};
+  const float m = fminf(fmaxf(r[1], fmaxf(r[0], r[2])), 0.0f), offset = fast_exp2(m);
   float a[3];
 #pragma unroll
-  for (int k = 0; k < 3; ++k) a[k] = offset + fast_exp2(fminf(fmaf(-log2_e, r[k], m), 58.0f));
+  for (int k = 0; k < 3; ++k) a[k] = offset + fast_exp2(fminf(m - r[k], 58.0f));
   const float w[3] = {a[1] * a[2], a[0] * a[2], a[0] * a[1]};
   const float scale = counts ? fast_reciprocal(w[0] + w[1] + w[2]) : 0.0f;
   out.w[0] = has_before ? w[0] * scale : 0.0f;
