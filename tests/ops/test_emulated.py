@@ -148,6 +148,22 @@ def test_backward(size, channels, groups, tile, chunk, dtype, kind):
             assert relative_error(got, want[name]) <= BACKWARD_TOLERANCE[dtype], name
 
 
+@pytest.mark.parametrize("tile", [WarpTile(4, 1, 2, 1, 1, 1), 4])
+def test_coefficients_of_any_size(tile):
+    """Alike or not, near zero or huge: only their differences count where all sigmoids are nearly zero."""
+    inputs = make_inputs(1, 6, 8, 8)
+    x, weight, lam, _ = inputs.values()
+    with torch.no_grad():
+        weight.mul_(60).sub_(200)
+        weight[:, 2] = -1e30
+        weight[:, 3, 4, ..., 1] = -1e20
+        weight[:, 4, 2:4] = 1e30
+    plan = make_plan(x, 1, tile, 0, True, False)
+    y, _ = scan_kernels.line_scan_forward(x, weight, lam, None, (0, 1, 2, 3), 0, True, False, plan=plan)
+    want = ground_truth({**inputs, "u": None}, torch.zeros_like(y))["y"]
+    assert relative_error(y, want) <= FORWARD_TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("wanted", [(True, False, False, False), (False, True, True, False)])
 def test_gradients_that_are_not_wanted_are_left_out(wanted):
     inputs = make_inputs(1, 5, 6, 3)
