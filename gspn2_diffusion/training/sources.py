@@ -233,7 +233,10 @@ class PictureSource:
         self._run.say(f"{count} pictures were skipped ({self._damage.summary()}); see skipped.jsonl")
 
     def _split(self, entries: list[Entry]) -> tuple[list[Entry], list[Entry]]:
-        """Held-out pictures and the rest, by content, so that it stays when the data grow."""
+        """Held-out pictures and the rest, which stay so when the data grow.
+
+        Decided by a hash of what the cache knows pictures by: content, or path, size and time of files.
+        """
         wanted = min(self._config.validation_pictures, len(entries) // 10)
         order = sorted(entries, key=lambda entry: digest(entry.latents, "held out"))
         chosen = {entry.latents for entry in order[:wanted]}
