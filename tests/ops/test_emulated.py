@@ -15,6 +15,7 @@ from gspn2_diffusion.ops import scan_kernels
 from gspn2_diffusion.ops.line_scan import line_scan
 from gspn2_diffusion.ops.plane_plans import PlaneTile, fits_planes, plane_plan
 from gspn2_diffusion.ops.plans import Problem, generic_plan
+from gspn2_diffusion.ops.torch_library import LineScan
 from gspn2_diffusion.ops.warp_plans import WarpTile, warp_plan
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -146,6 +147,20 @@ def test_backward(size, channels, groups, tile, chunk, dtype, kind):
             assert torch.count_nonzero(got) == 0, name
         else:
             assert relative_error(got, want[name]) <= BACKWARD_TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("with_u", [True, False])
+def test_gradients_through_autograd(with_u):
+    """The function that eager calls go through, with the plan that is chosen and directions in another order."""
+    inputs = make_inputs(2, 5, 6, 6, 2, with_u=with_u)
+    y = LineScan.apply(*inputs.values(), [2, 0, 3, 1], 0, True)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    leaves = {name: t for name, t in inputs.items() if t is not None}
+    grads = torch.autograd.grad(y, list(leaves.values()), dy)
+    want = ground_truth(inputs, dy, directions=("right", "down", "left", "up"))
+    assert relative_error(y, want["y"]) <= FORWARD_TOLERANCE[torch.float32]
+    for name, got in zip(leaves, grads, strict=True):
+        assert relative_error(got, want[f"d{name}"]) <= BACKWARD_TOLERANCE[torch.float32], name
 
 
 @pytest.mark.parametrize("tile", [WarpTile(4, 1, 2, 1, 1, 1), 4])
