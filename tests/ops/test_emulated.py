@@ -151,7 +151,7 @@ def test_backward(size, channels, groups, tile, chunk, dtype, kind):
 
 @pytest.mark.parametrize("with_u", [True, False])
 def test_gradients_through_autograd(with_u):
-    """The function that eager calls go through, with the plan that is chosen and directions in another order."""
+    """The function of eager calls, with the plan that is chosen and directions in another order."""
     inputs = make_inputs(2, 5, 6, 6, 2, with_u=with_u)
     y = LineScan.apply(*inputs.values(), [2, 0, 3, 1], 0, True)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
