@@ -9,6 +9,7 @@ Without torch's caching allocator every tensor is an allocation of its own, so a
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import sys
 
@@ -44,7 +45,7 @@ def run_case(
 
 
 # (H, W), channels, tile: the kinds of launch that small pictures do not get by themselves.
-TILES: list[tuple[tuple[int, int], int, Tile | WarpTile | PlaneTile]] = [
+TILES: list[tuple[tuple[int, int], int, Tile | WarpTile]] = [
     ((33, 65), 48, Tile(8, 3, 16, 1, 0, 1)),
     ((61, 90), 32, Tile(4, 1, 16, 2, 8, 4)),
     ((61, 90), 32, Tile(8, 3, 32, 2, 4, 2)),
@@ -55,30 +56,18 @@ TILES: list[tuple[tuple[int, int], int, Tile | WarpTile | PlaneTile]] = [
     ((61, 90), 32, WarpTile(4, 1, 4, 1, 6, 2)),
     ((130, 97), 16, WarpTile(8, 2, 2, 1, 2, 4)),
     ((310, 318), 16, WarpTile(8, 2, 1, 1, 1, 8)),
-    ((40, 136), 1, PlaneTile(1)),
-    ((260, 264), 1, PlaneTile(2)),
 ]
+PLANES = [((40, 136), PlaneTile(1)), ((260, 264), PlaneTile(2))]  # (H, W) of one channel, tile
 
 
-def run_tile(size: tuple[int, int], channels: int, tile: Tile | WarpTile | PlaneTile) -> None:
-    """A forward and a backward launch with a given tile; of a plane, forward only."""
+def run_tile(size: tuple[int, int], channels: int, tile: Tile | WarpTile) -> None:
+    """A forward and a backward launch with a given tile."""
     grid, d = (1, *size), len(DIRECTIONS)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
     limit = cupy_backend.shared_limit(torch.cuda.current_device())
-    if isinstance(tile, PlaneTile):
-        problem = Problem(*grid, channels, 1, tuple(DIRECTIONS), 0, 2, False)
-        apart = (draw(d, *grid, n).movedim(0, 3) for n in (3, channels, channels))
-        weight, lam, u = apart
-        plane = plane_plan(problem, tile, True, limit)
-        assert plane is not None, tile
-        options = (DIRECTIONS, 0, True)
-        scan_kernels.line_scan_forward(
-            draw(*grid, channels), weight.unsqueeze(-2), lam, u, *options, True, plan=plane
-        )
-        return
     inputs = (draw(*grid, channels), draw(*grid, d, 1, 3), draw(*grid, d, channels), draw(*grid, d, channels))
     problems = [Problem(*grid, channels, 1, tuple(DIRECTIONS), 0, 2, backward) for backward in (False, True)]
     plans = [
@@ -92,6 +81,20 @@ def run_tile(size: tuple[int, int], channels: int, tile: Tile | WarpTile | Plane
     _, state = scan_kernels.line_scan_forward(*inputs, *options, True, plan=plans[0])
     assert state is not None
     scan_kernels.line_scan_backward(draw(*grid, d, channels), *inputs, state, *options, plan=plans[1])
+
+
+def run_plane(size: tuple[int, int], tile: PlaneTile) -> None:
+    """A forward launch of one channel, the directions outermost in memory."""
+    grid, d = (1, *size), len(DIRECTIONS)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+    limit = cupy_backend.shared_limit(torch.cuda.current_device())
+    plan = plane_plan(Problem(*grid, 1, 1, tuple(DIRECTIONS), 0, 2, False), tile, True, limit)
+    assert plan is not None, tile
+    weight, lam, u = (draw(d, *grid, *last).movedim(0, 3) for last in ((1, 3), (1,), (1,)))
+    scan_kernels.line_scan_forward(draw(*grid, 1), weight, lam, u, DIRECTIONS, 0, True, True, plan=plan)
 
 
 def main() -> None:
@@ -113,11 +116,15 @@ def main() -> None:
             torch.cuda.synchronize()
             print(f"{index + 1} of {len(cases)} cases", flush=True)
     if not options.tall:
-        for size, channels, tile in TILES:
-            if tile.cluster in cupy_backend.clusters(torch.cuda.current_device()):
-                run_tile(size, channels, tile)
+        launches = [
+            (tile, functools.partial(run_tile, size, channels, tile)) for size, channels, tile in TILES
+        ]
+        launches += [(plane, functools.partial(run_plane, size, plane)) for size, plane in PLANES]
+        for choice, run in launches:
+            if choice.cluster in cupy_backend.clusters(torch.cuda.current_device()):
+                run()
                 torch.cuda.synchronize()
-                print(tile, flush=True)
+                print(choice, flush=True)
     torch.cuda.synchronize()
     print(f"ran {len(cases)} cases")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scan_cases import poisoned_memory
 
 from gspn2_diffusion.ops import cupy_backend, launches
 from gspn2_diffusion.ops.plans import Plan
@@ -88,12 +89,9 @@ def emulated(patch: pytest.MonkeyPatch) -> Iterator[None]:
     patch.setattr(cupy_backend, "processors", lambda device: 2)
     patch.setattr(cupy_backend, "shared_limit", lambda device: SHARED_LIMIT)
     patch.setattr(torch.cuda, "current_device", lambda: None)  # the index of the processor
-    patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
     try:
-        yield
+        with poisoned_memory():
+            yield
     finally:
-        torch.use_deterministic_algorithms(before)
         for each in caches:
             each.cache_clear()

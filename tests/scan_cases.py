@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,6 +18,20 @@ BACKWARD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 
 SHAPES = [(1, 1), (1, 7), (7, 1), (33, 65), (64, 64), (1023, 17), (1100, 40)]
 SUBSETS = [s for n in range(1, 5) for s in itertools.combinations(DIRECTIONS, n)]
 ARGUMENTS = ("x", "weight", "lam", "u")
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Within the block, memory that torch allocates without a value is NaN."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 def make_inputs(

@@ -13,7 +13,7 @@ from gspn2_diffusion.ops.line_scan import DIRECTIONS
 from gspn2_diffusion.ops.plans import Problem
 from gspn2_diffusion.ops.warp_plans import WarpTile, warp_plan, warp_tiles
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_outputs")]
 
 SHAPES = [  # (H, W), C, G, chunk, options of the inputs
     ((64, 64), 32, 1, 0, {}),
@@ -62,14 +62,6 @@ def fitting_tiles(problem: Problem, count: int) -> list[WarpTile]:
             chosen.append(tile)
             seen |= features
     return (chosen + fits)[:count]
-
-
-@pytest.fixture(autouse=True)
-def _poison_outputs():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
