@@ -9,7 +9,6 @@ Without torch's caching allocator every tensor is an allocation of its own, so a
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import sys
 
@@ -116,15 +115,17 @@ def main() -> None:
             torch.cuda.synchronize()
             print(f"{index + 1} of {len(cases)} cases", flush=True)
     if not options.tall:
-        launches = [
-            (tile, functools.partial(run_tile, size, channels, tile)) for size, channels, tile in TILES
-        ]
-        launches += [(plane, functools.partial(run_plane, size, plane)) for size, plane in PLANES]
-        for choice, run in launches:
-            if choice.cluster in cupy_backend.clusters(torch.cuda.current_device()):
-                run()
+        clusters = cupy_backend.clusters(torch.cuda.current_device())
+        for size, channels, tile in TILES:
+            if tile.cluster in clusters:
+                run_tile(size, channels, tile)
                 torch.cuda.synchronize()
-                print(choice, flush=True)
+                print(tile, flush=True)
+        for size, plane in PLANES:
+            if plane.cluster in clusters:
+                run_plane(size, plane)
+                torch.cuda.synchronize()
+                print(plane, flush=True)
     torch.cuda.synchronize()
     print(f"ran {len(cases)} cases")
 
