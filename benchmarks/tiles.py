@@ -180,15 +180,16 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=100.0, help="for all shapes together")
     parser.add_argument("--kernels", choices=tuple(FAMILIES), default="tiled")
-    parser.add_argument("--fit", type=Path, help="a result of this program, instead of measuring")
+    parser.add_argument("--passes", choices=("forward", "backward"), help="only one of them")
+    parser.add_argument("--fit", type=Path, nargs="+", help="results of this program, instead of measuring")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--commit", default=None, help="commit to record where there is no git history")
     options = parser.parse_args()
     if options.fit:
-        result = json.loads(options.fit.read_text())
-        family = FAMILIES[result.get("kernels", "tiled")]
-        for backward in (False, True):
-            constants = fit(family, result["cases"], backward, result["shared_limit"], result["processors"])
+        results = [json.loads(file.read_text()) for file in options.fit]
+        family, cases = FAMILIES[results[0]["kernels"]], [case for r in results for case in r["cases"]]
+        for backward in sorted({case["backward"] for case in cases}):
+            constants = fit(family, cases, backward, results[0]["shared_limit"], results[0]["processors"])
             print("backward" if backward else "forward", np.round(constants, 1).tolist())
         return
     if not torch.cuda.is_available():
@@ -199,7 +200,8 @@ def main() -> None:
     family, cases = FAMILIES[options.kernels], []
     with torch.no_grad():
         plane = options.kernels == "plane"
-        todo = list(itertools.product(PLANES if plane else SHAPES, (False,) if plane else (False, True)))
+        passes = [kind == "backward" for kind in ("forward", "backward") if options.passes in (None, kind)]
+        todo = list(itertools.product(PLANES if plane else SHAPES, (False,) if plane else passes))
         for shape, backward in todo:
             rows = measure(family, shape, backward, options.seconds / len(todo))
             cases.append({"shape": list(shape), "backward": backward, "tiles": rows})

@@ -184,3 +184,9 @@ __device__ __forceinline__ void send_floats(unsigned to, unsigned barrier, float
       "f"(a), "f"(b), "f"(c), "f"(d), "r"(barrier) : "memory");
 #endif
 }
+__device__ __forceinline__ void send_floats(unsigned to, unsigned barrier, float a, float b) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to), "f"(a),
+               "f"(b), "r"(barrier) : "memory");
+#endif
+}

@@ -28,7 +28,7 @@ struct Memory {
   float4* weights;                 // [2][stage_lines][extended]: of the line after, from before, here and after
   float* border;                   // [2][border_elements]
   float* received;                 // [2][left, right][halo][slice]
-  int64* barriers;                 // [STAGES]
+  int64* barriers;                 // [STAGES], and two of the exchange
   __device__ Memory(char* base, const Tile& k, const Tiling& t)
       : wide(k.extended, (int)t.stage_lines, (int)t.slice, boxes_of(t)),
         narrow(k.width, (int)t.stage_lines, (int)t.slice, boxes_of(t)),
@@ -198,7 +198,6 @@ __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k,
   weigh(0);
   weigher.fetch(0, total - capacity);
   cluster_barrier<CLUSTER>();
-  int since = 0;
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
 #if !ACCELERATOR
@@ -208,10 +207,7 @@ __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k,
 #endif
     weigh(stage + 1);
     weigher.fetch(0, total - (stage + 2) * capacity);
-    since += min(capacity, total - stage * capacity);
-    const bool exchange = CLUSTER > 1 && since == k.halo;
-    if (exchange) since = 0;
-    stage_barrier<CLUSTER>(exchange);
+    __syncthreads();
   }
 #if !ACCELERATOR
   copier.store(stages - 1, thread);
@@ -229,7 +225,6 @@ __device__ __forceinline__ void copy_stages(const Parameters& a, const Tile& k, 
   __syncwarp();
 #endif
   cluster_barrier<CLUSTER>();
-  int since = 0;
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
 #if ACCELERATOR
@@ -239,10 +234,7 @@ __device__ __forceinline__ void copy_stages(const Parameters& a, const Tile& k, 
     }
     __syncwarp();
 #endif
-    since += min(copier.capacity, copier.total - stage * copier.capacity);
-    const bool exchange = CLUSTER > 1 && since == k.halo;
-    if (exchange) since = 0;
-    stage_barrier<CLUSTER>(exchange);
+    __syncthreads();
   }
 #if ACCELERATOR
   if (lane == 0) copier.store(stages - 1, 0);
@@ -259,7 +251,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
 
   const Place at(thread, slice);
   const int readable = at.used ? k.extended : 0;  // positions before this one are there to be read
-  const Exchange exchange = {m.received, k.halo, k.own, slice, k.rank, CLUSTER};
+  const Exchange exchange = {m.received, shared_address(m.barriers + STAGES), k.halo, k.own, slice, k.rank, CLUSTER};
   const int p = k.start - k.halo + at.first;
   const View out = reversed(
       view_along(k.direction, k.lines, k.batch * a.o_b + k.slot * a.o_d + k.channel, a.o_h, a.o_w), k.end);
@@ -295,7 +287,8 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
   const int u_after_dy = a.u ? (int)(m.u - m.dy) : 0, lam_after_x = (int)(m.lam - m.x);
   float* previous = m.border;
   float* current = m.border + border;
-  int since = 0, parity = 0;  // steps since the last exchange, which of the two receive buffers is written next
+  int since = 0, exchanges = 0;  // steps since the last exchange
+  if (CLUSTER > 1 && thread == 0) exchange.setup();
   cluster_barrier<CLUSTER>();
 
 #pragma unroll 1
@@ -314,13 +307,14 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
 #pragma unroll 1
     for (int j = 0; j < steps; ++j) {
       if (CLUSTER > 1 && since == 0 && stage > 0) {
-        exchange.take(g, at, parity ^ 1);
+        exchange.take(g, at, exchanges - 1, thread == 0);
         g.publish(previous, at, slice);
         consumer_barrier(consumers);
       }
       g.step(previous, at, slice, next.source, next.w);
       g.publish(current, at, slice);
-      if (CLUSTER > 1 && since == k.halo - 1 && at.used) exchange.give(g, at, parity);
+      const bool more = stage * capacity + j + 1 < total;
+      if (CLUSTER > 1 && since == k.halo - 1 && more && at.used) exchange.give(g, at, exchanges);
       float dw[RUN][3], value[VEC];
 #pragma unroll
       for (int r = 0; r < RUN; ++r) {
@@ -372,7 +366,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
       if (du) du += out.line;
       float* const swap = current;
       current = previous, previous = swap;
-      if (CLUSTER > 1 && ++since == k.halo) since = 0, parity ^= 1;
+      if (CLUSTER > 1 && ++since == k.halo) since = 0, ++exchanges;
       if (j + 1 == steps) break;
       dy += sign * wide_line, x += sign * narrow_line, h += sign * around_line, weights += k.extended;
       next.load_from(dy, a.u ? dy + u_after_dy : nullptr, weights, at_wide, at.first, readable, hidden, wants_du, du,
@@ -380,7 +374,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
       consumer_barrier(consumers);
     }
     publish_results();
-    stage_barrier<CLUSTER>(CLUSTER > 1 && since == 0);
+    __syncthreads();
   }
 }
 

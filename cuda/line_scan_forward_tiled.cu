@@ -21,7 +21,7 @@ struct Memory {
   float4* weights;          // [2][stage_lines][extended]
   float* border;            // [2][border_elements]
   float* received;          // [2][left, right][halo][slice]
-  int64* barriers;          // [STAGES]
+  int64* barriers;          // [STAGES], and two of the exchange
   __device__ Memory(char* base, const Tile& k, const Tiling& t)
       : wide(k.extended, (int)t.stage_lines, (int)t.slice, boxes_of(t)),
         narrow(k.width, (int)t.stage_lines, (int)t.slice, boxes_of(t)) {
@@ -157,7 +157,6 @@ __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k,
   weigh(0);
   weigher.fetch(0, total - capacity);
   cluster_barrier<CLUSTER>();
-  int since = 0;
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
 #if !ACCELERATOR
@@ -167,10 +166,7 @@ __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k,
 #endif
     weigh(stage + 1);
     weigher.fetch(0, total - (stage + 2) * capacity);
-    since += min(capacity, total - stage * capacity);
-    const bool exchange = CLUSTER > 1 && since == k.halo;
-    if (exchange) since = 0;
-    stage_barrier<CLUSTER>(exchange);
+    __syncthreads();
   }
 #if !ACCELERATOR
   copier.store(stages - 1, thread);
@@ -189,7 +185,6 @@ __device__ __forceinline__ void copy_stages(const Parameters& a, const Tile& k, 
   __syncwarp();
 #endif
   cluster_barrier<CLUSTER>();
-  int since = 0;
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
 #if ACCELERATOR
@@ -199,10 +194,7 @@ __device__ __forceinline__ void copy_stages(const Parameters& a, const Tile& k, 
     }
     __syncwarp();
 #endif
-    since += min(capacity, total - stage * capacity);
-    const bool exchange = CLUSTER > 1 && since == k.halo;
-    if (exchange) since = 0;
-    stage_barrier<CLUSTER>(exchange);
+    __syncthreads();
   }
 #if ACCELERATOR
   if (lane == 0) copier.store(stages - 1, 0);
@@ -218,7 +210,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
 
   const Place at(thread, slice);
   const int readable = at.used ? k.extended : 0;  // positions before this one are there to be read
-  const Exchange exchange = {m.received, k.halo, k.own, slice, k.rank, CLUSTER};
+  const Exchange exchange = {m.received, shared_address(m.barriers + STAGES), k.halo, k.own, slice, k.rank, CLUSTER};
   const bool stores_state = a.state && boxes_of(a.tiling) > 1;  // where the accelerator cannot
   const View vy = view_along(k.direction, k.lines, k.batch * a.y_b + k.slot * a.y_d + k.channel, a.y_h, a.y_w);
   int at_wide[RUN], at_narrow[RUN];
@@ -242,7 +234,8 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
   const int lam_after_x = (int)(m.lam - m.x);
   float* previous = m.border;
   float* current = m.border + border;
-  int since = 0, parity = 0;  // lines since the last exchange, which of the two receive buffers is written next
+  int since = 0, exchanges = 0;  // lines since the last exchange
+  if (CLUSTER > 1 && thread == 0) exchange.setup();
   cluster_barrier<CLUSTER>();
 
 #pragma unroll 1
@@ -259,13 +252,14 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
 #pragma unroll 1
     for (int j = 0; j < lines; ++j) {
       if (CLUSTER > 1 && since == 0 && stage > 0) {
-        exchange.take(h, at, parity ^ 1);
+        exchange.take(h, at, exchanges - 1, thread == 0);
         h.publish(previous, at, slice);
         consumer_barrier(consumers);
       }
       h.step(previous, at, slice, next.source, next.w);
       h.publish(current, at, slice);
-      if (CLUSTER > 1 && since == k.halo - 1 && at.used) exchange.give(h, at, parity);
+      const bool more = stage * capacity + j + 1 < k.end - k.begin;
+      if (CLUSTER > 1 && since == k.halo - 1 && more && at.used) exchange.give(h, at, exchanges);
 #pragma unroll
       for (int r = 0; r < RUN; ++r) {
         if (!own[r]) continue;
@@ -282,14 +276,14 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
       state += vy.line;
       float* const swap = current;
       current = previous, previous = swap;
-      if (CLUSTER > 1 && ++since == k.halo) since = 0, parity ^= 1;
+      if (CLUSTER > 1 && ++since == k.halo) since = 0, ++exchanges;
       if (j + 1 == lines) break;
       x += wide_step, u += narrow_step, weights += k.extended;
       next.load_from(x, x + lam_after_x, a.u ? u : nullptr, weights, at_wide, at_narrow, own, at.first, readable);
       consumer_barrier(consumers);
     }
     publish_results();
-    stage_barrier<CLUSTER>(CLUSTER > 1 && since == 0);
+    __syncthreads();
   }
 }
 

@@ -131,13 +131,30 @@ struct Carry {
   }
 };
 
-// The exchange between neighbouring blocks of a cluster: received is [2][left, right][halo][slice].
+// The exchange between neighbouring blocks of a cluster, in two buffers used in turn: received is [2][left, right][halo]
+// [slice], and a barrier tells when all of a buffer has come. A block sends to a buffer again only after it has got what
+// the neighbour sent when done with the buffer before, so that nothing is overwritten.
 struct Exchange {
   float* received;
+  unsigned barriers;  // two, 8 bytes apart
   int halo, own, slice, rank, cluster;
 
-  // Takes what the neighbours sent into the positions beside ours.
-  __device__ __forceinline__ void take(Carry& carry, const Place& at, int parity) const {
+  __device__ __forceinline__ void expect(int parity) const {
+    barrier_expect(barriers + 8 * parity, halo * slice * 4 * ((rank > 0) + (rank < cluster - 1)));
+  }
+  // By one thread, before the blocks start together.
+  __device__ __forceinline__ void setup() const {
+#pragma unroll
+    for (int parity = 0; parity < 2; ++parity) {
+      barrier_init(barriers + 8 * parity, 1);
+      expect(parity);
+    }
+  }
+
+  // Takes what the neighbours sent the n-th time into the positions beside ours.
+  __device__ __forceinline__ void take(Carry& carry, const Place& at, int n, bool leader) const {
+    const int parity = n & 1;
+    barrier_wait(barriers + 8 * parity, n >> 1 & 1);
     const float* const left = received + parity * 2 * halo * slice + at.c;
 #pragma unroll
     for (int r = 0; r < RUN; ++r) {
@@ -145,17 +162,19 @@ struct Exchange {
       if (q < halo) load_floats(carry.value[r], left + q * slice);
       if (q >= halo + own && q < 2 * halo + own) load_floats(carry.value[r], left + (q - own) * slice);
     }
+    if (leader) expect(parity);
   }
 
   // Sends the outer positions of ours, which are beside the neighbours'.
-  __device__ __forceinline__ void give(const Carry& carry, const Place& at, int parity) const {
-    float* const target = received + parity * 2 * halo * slice + at.c;
+  __device__ __forceinline__ void give(const Carry& carry, const Place& at, int n) const {
+    const unsigned barrier = barriers + 8 * (n & 1);
+    const float* const target = received + (n & 1) * 2 * halo * slice + at.c;
 #pragma unroll
     for (int r = 0; r < RUN; ++r) {
       const int q = at.first + r;
       if (q < halo || q >= halo + own) continue;
-      if (rank > 0 && q < 2 * halo) store_remote(target + q * slice, rank - 1, carry.value[r]);
-      if (rank < cluster - 1 && q >= own) store_remote(target + (q - own) * slice, rank + 1, carry.value[r]);
+      if (rank > 0 && q < 2 * halo) send_remote(target + q * slice, barrier, rank - 1, carry.value[r]);
+      if (rank < cluster - 1 && q >= own) send_remote(target + (q - own) * slice, barrier, rank + 1, carry.value[r]);
     }
   }
 };

@@ -166,9 +166,11 @@ __device__ __forceinline__ void consumer_barrier(int threads) {
   asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
 }
 
+// Before the first stage: the blocks of a cluster start together, and each other's barriers are there.
 template <int CLUSTER> __device__ __forceinline__ void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
   if (CLUSTER > 1) {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
   }
@@ -176,24 +178,18 @@ template <int CLUSTER> __device__ __forceinline__ void cluster_barrier() {
   __syncthreads();  // with a cluster, too: compute-sanitizer does not take the barrier above for one of the block
 }
 
-// The end of a stage, at which blocks of a cluster may exchange their states.
-template <int CLUSTER> __device__ __forceinline__ void stage_barrier(bool exchange) {
-  if (CLUSTER > 1 && exchange) {
-    cluster_barrier<CLUSTER>();
-  } else {
-    __syncthreads();
-  }
-}
-
-// Stores into the shared memory of another block of the cluster, at the address it has in this one.
-__device__ __forceinline__ void store_remote(float* local, int rank, const float (&value)[VEC]) {
-#if __CUDA_ARCH__ >= 900
-  unsigned address;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(local)), "r"(rank));
+// Stores into the shared memory of another block of the cluster, at the address it has in this one. The barrier there
+// at the address of `barrier` counts the bytes that have arrived.
+__device__ __forceinline__ void send_remote(const float* local, unsigned barrier, int rank, const float (&value)[VEC]) {
+  const unsigned to = remote_address(shared_address(local), rank), signal = remote_address(barrier, rank);
 #pragma unroll
-  for (int j = 0; j < VEC; ++j)
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address + 4 * j), "f"(value[j]) : "memory");
-#endif
+  for (int j = 0; j < VEC; j += 4) {
+    if constexpr (VEC >= 4) {
+      send_floats(to + 4 * j, signal, value[j], value[j + 1], value[j + 2], value[j + 3]);
+    } else {
+      send_floats(to, signal, value[0], value[1]);
+    }
+  }
 }
 
 // ---- float vectors in shared memory -------------------------------------------------------------

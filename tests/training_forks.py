@@ -1,4 +1,4 @@
-"""Training runs in processes of their own that get killed; a fork server has imported torch for them."""
+"""Training runs in processes of their own that get killed; without a GPU, forks that have torch imported."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import torch
 from ports import reserved_port
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +28,11 @@ CONTEXT.set_forkserver_preload(
         "transformers.models.bert.tokenization_bert",
     ]
 )
+
+
+def starting() -> Any:
+    """How to start a process: CUDA does not survive a fork, and the fork server's imports touch it."""
+    return multiprocessing.get_context("spawn") if torch.cuda.is_available() else CONTEXT
 
 
 def script(name: str) -> Any:
@@ -96,8 +102,6 @@ TROUBLES = {f.__name__: f for f in (kill_in_step, kill_in_write, terminate_in_st
 
 
 def _run(name: str, options: list[str], trouble: str | None, value: int) -> None:
-    import torch
-
     torch.set_num_threads(1)
     if trouble is not None:
         TROUBLES[trouble](value)
@@ -106,7 +110,7 @@ def _run(name: str, options: list[str], trouble: str | None, value: int) -> None
 
 def train(name: str, options: list[str], trouble: str | None = None, value: int = 0) -> int | None:
     """Exit code of a script in a new process, negative for a signal."""
-    process = CONTEXT.Process(target=_run, args=(name, options, trouble, value))
+    process = starting().Process(target=_run, args=(name, options, trouble, value))
     process.start()
     process.join(600)
     if process.exitcode is None:
@@ -134,7 +138,7 @@ def train_together(name: str, options: list[str], processes: int, **environment:
     with reserved_port() as port:
         for rank in range(processes):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
-            process = CONTEXT.Process(target=_join, args=(name, options, shared | own))
+            process = starting().Process(target=_join, args=(name, options, shared | own))
             process.start()
             started.append(process)
         for process in started:

@@ -262,7 +262,7 @@ def tiled_shared_bytes(problem: Problem, tile: Tile, width: int, boxes: int, con
     per_warp = 32 // (tile.slice // tile.vec)
     border = consumers // 32 * per_warp + 2 if tile.run == 1 else 2 * (consumers // 32 + 2)
     states = 4 * tile.slice * (2 * border + 4 * tile.halo)
-    return STAGES * (stages + 8) + weights + states
+    return STAGES * (stages + 8) + 2 * 8 + weights + states
 
 
 # Which tile: the one with the lowest estimated time. Nanoseconds for one line of one wave of blocks, for each
@@ -282,7 +282,7 @@ def tiles(problem: Problem, clusters: Sequence[int] = (1, 2, 4, 8, 16)) -> Itera
     chunk = 16 // problem.itemsize
     # Rows of 48 bytes, 24 channels in half precision, straddle the sectors of memory.
     for size, (vec, run), cluster in itertools.product((1, 2, 4, 8, 6), RUNS, clusters):
-        for stage_lines, halo in itertools.product((1, 2, 4), (0,) if cluster == 1 else (4, 8)):
+        for stage_lines, halo in itertools.product((1, 2, 4), (0,) if cluster == 1 else (2, 4, 8)):
             yield Tile(vec * 2 // problem.itemsize, run, size * chunk, cluster, halo, stage_lines)
 
 

@@ -7,7 +7,10 @@ the CUDA operator a CPU implementation and let the denoiser call it, as it does 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,17 +125,61 @@ def test_export_and_run() -> None:
     torch.testing.assert_close(exported.module()(**inputs).sample, model(**inputs).sample)
 
 
+def package_ahead_of_time(path: str, device: str) -> None:
+    """Write AOTInductor's package, the inputs and what the denoiser makes of them."""
+    model = make_model(num_layers=1).to(device)
+    inputs = {name: value.to(device) for name, value in make_inputs(8, 12).items()}
+    with torch.no_grad():
+        torch.save((inputs, model(**inputs).sample), f"{path}.pt")
+        exported = torch.export.export(model, args=(), kwargs=inputs)
+        torch._inductor.aoti_compile_and_package(exported, package_path=path)
+
+
+def run_package(path: str, device: str) -> None:
+    """Load and call what `package_ahead_of_time` wrote."""
+    inputs, expected = torch.load(f"{path}.pt", map_location=device)
+    print("loading", file=sys.stderr, flush=True)
+    loaded = torch._inductor.aoti_load_package(path)
+    print("calling", file=sys.stderr, flush=True)
+    torch.testing.assert_close(loaded(**inputs).sample, expected, atol=1e-3, rtol=1e-3)
+
+
+def linear_ahead_of_time(path: str, device: str) -> None:
+    """The same with nothing of ours: does torch load a package of its own here?"""
+    x = torch.ones(4, 4, device=device)
+    model = torch.nn.Linear(4, 4, device=device)
+    with torch.no_grad():
+        exported = torch.export.export(model, args=(x,))
+        loaded = torch._inductor.aoti_load_package(
+            torch._inductor.aoti_compile_and_package(exported, package_path=path)
+        )
+        torch.testing.assert_close(loaded(x), model(x), atol=1e-3, rtol=1e-3)
+
+
+def alone(task: Callable[[str, str], None], path: Path, device: str) -> tuple[int, str]:
+    """Exit code, negative for a signal, and messages of a task in a process that has done nothing else.
+
+    After a crash the messages hold the stacks of C++ and of Python, those of the thread that crashed first.
+    """
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-X", "faulthandler", __file__, task.__name__, str(path), device]
+    done = subprocess.run(command, env=os.environ | paths, stderr=subprocess.PIPE, text=True, timeout=300)
+    said = done.stderr
+    return done.returncode, said if len(said) < 12_000 else f"{said[:9000]}\n...\n{said[-3000:]}"
+
+
 @pytest.mark.gpu
 def test_packaged_ahead_of_time(tmp_path: Path) -> None:
-    """AOTInductor's package calls the scan's operator in the process that loads it."""
-    model = make_model(num_layers=1).to("cuda")
-    inputs = {name: value.cuda() for name, value in make_inputs(8, 12).items()}
-    with torch.no_grad():
-        expected = model(**inputs).sample
-        exported = torch.export.export(model, args=(), kwargs=inputs)
-        path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
-        loaded = torch._inductor.aoti_load_package(path)
-        torch.testing.assert_close(loaded(**inputs).sample, expected, atol=1e-3, rtol=1e-3)
+    """AOTInductor's package calls the scan's operator in the process that loads it: not in this one, for a
+    package that is wrong ends the process, and with it the tests that wait for their turn there."""
+    for task in (package_ahead_of_time, run_package):
+        code, messages = alone(task, tmp_path / "model.pt2", "cuda")
+        if code:
+            other, others = alone(linear_ahead_of_time, tmp_path / "linear.pt2", "cuda")
+            pytest.fail(
+                f"{task.__name__} ended with {code}:\n{messages}\n"
+                f"torch {torch.__version__}, a single linear layer ended with {other}:\n{others}"
+            )
 
 
 @pytest.mark.slow
@@ -212,3 +259,8 @@ def test_cuda_graph_of_the_denoiser() -> None:
         inputs["hidden_states"].mul_(-1)
         graph.replay()
         torch.testing.assert_close(sample, model(**inputs).sample, atol=1e-5, rtol=1e-5)
+
+
+if __name__ == "__main__":
+    torch._C._set_print_stack_traces_on_fatal_signal(True)
+    globals()[sys.argv[1]](*sys.argv[2:])
