@@ -1,7 +1,6 @@
 """Times every tile that ``ops/plans.py`` can choose, and fits the constants by which it chooses.
 
     python benchmarks/tiles.py --seconds 100              # measure; writes results/tiles-<gpu>.json
-    python benchmarks/tiles.py --kernels warp             # of the warp kernels: ops/warp_plans.py
     python benchmarks/tiles.py --kernels plane            # of the plane kernel: ops/plane_plans.py
     python benchmarks/tiles.py --fit results/tiles-nvidia-h200.json
 
@@ -24,10 +23,9 @@ import torch
 from line_scan import CASES, DIRECTIONS, MINIMUM_BYTES, Inputs, make_inputs, relative_error
 from timing import time_graph, write_result
 
-from gspn2_diffusion.ops import cupy_backend, plane_plans, plans, scan_kernels, warp_plans
+from gspn2_diffusion.ops import cupy_backend, plane_plans, plans, scan_kernels
 from gspn2_diffusion.ops.plane_plans import PlaneTile
 from gspn2_diffusion.ops.plans import Plan, Problem, Tile, generic_plan
-from gspn2_diffusion.ops.warp_plans import WarpTile
 
 SHAPES = [shape for shape in CASES if shape[3] % 8 == 0]
 PLANES = [shape for shape in CASES if shape[3] == 1]
@@ -48,20 +46,6 @@ class Tiled:
         return plans.cost_terms(problem, plan, limit, processors)
 
 
-class Warp:
-    """The warp kernels' choices and what they are estimated by."""
-
-    tile = WarpTile
-    fields = ("vec", "run", "lanes", "channel_warps", "position_warps", "cluster")
-    plan = staticmethod(warp_plans.warp_plan)
-    choose = staticmethod(warp_plans.choose_warp_tile)
-    terms = staticmethod(warp_plans.warp_cost_terms)
-
-    @staticmethod
-    def candidates(problem: Problem, clusters: tuple[int, ...]) -> Any:
-        return warp_plans.warp_tiles(problem, [n for n in clusters if n in warp_plans.CLUSTERS])
-
-
 class Plane:
     """The plane kernel's choices; nothing is fitted for it."""
 
@@ -75,7 +59,7 @@ class Plane:
         return plane_plans.plane_tiles(problem, [n for n in clusters if n in plane_plans.CLUSTERS])
 
 
-FAMILIES: dict[str, Any] = {"tiled": Tiled, "warp": Warp, "plane": Plane}
+FAMILIES: dict[str, Any] = {"tiled": Tiled, "plane": Plane}
 
 
 def problem_of(shape: tuple[int, ...], backward: bool) -> Problem:

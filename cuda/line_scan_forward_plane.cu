@@ -39,18 +39,14 @@ struct Scan {
         next[r] = fmaf(w[r][2], r < RUN - 1 ? h[r + 1] : right, next[r]);
       }
       if (border.there) {
-        float beside[VEC];
-        border.receive(beside, step - 1);
-        if (k.leads) next[0] = fmaf(w[0][0], beside[0], next[0]);
-        else next[RUN - 1] = fmaf(w[RUN - 1][2], beside[0], next[RUN - 1]);
+        const float beside = border.receive(step - 1);
+        if (k.leads) next[0] = fmaf(w[0][0], beside, next[0]);
+        else next[RUN - 1] = fmaf(w[RUN - 1][2], beside, next[RUN - 1]);
       }
     }
 #pragma unroll
     for (int r = 0; r < RUN; ++r) h[r] = next[r];
-    if (border.there && step + 1 < k.total) {
-      const float end[VEC] = {k.leads ? h[0] : h[RUN - 1], 0.0f, 0.0f, 0.0f};
-      border.send(end, step);
-    }
+    if (border.there && step + 1 < k.total) border.send(k.leads ? h[0] : h[RUN - 1], step);
   }
 
   // Rows of a stage.

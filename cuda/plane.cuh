@@ -1,17 +1,55 @@
 // What the plane kernel is made of: scans of a single channel, whose rows of a picture lie in one piece each.
 //
 // With one channel there is nothing to share between lanes: a lane copies, weighs and scans four positions by itself,
-// and only states pass between lanes and, as in warp.cuh, between warps. A stage is as many lines as a vector of 16
-// bytes of a row has columns. A scan over rows copies four positions of every line; a scan over columns copies such a
-// vector of every position, so that both read whole pieces of rows. Rows are multiples of such a vector, columns
-// multiples of four. Preamble: VEC = RUN = 4.
+// and only states pass between lanes, by shuffles, and between warps. A warp leaves the states at the ends of its
+// positions in shared memory, in another block of the cluster where the line is cut there, and tells so by a barrier that
+// the receiver alone waits for: nothing else synchronises. A stage is as many lines as a vector of 16 bytes of a row has
+// columns. A scan over rows copies four positions of every line; a scan over columns copies such a vector of every
+// position, so that both read whole pieces of rows. Rows are multiples of such a vector, columns multiples of four.
+// Preamble: VEC = RUN = 4.
 #pragma once
-#include "warp.cuh"
+#include "weights.cuh"
 
 #define COLUMNS (16 / (int)sizeof(scalar_t))
 #define FOUR_BYTES (4 * (int)sizeof(scalar_t))
 #define PLANE_STAGES 2
 #define PLANE_THREADS 288  // of a block at most, as shared memory allows
+
+struct Tiling {
+  int64 batch, height, width, channels, groups, directions, packed_directions, chunk_size, chunks;
+  int64 warps;  // of a block, one after the other along the line
+  int64 normalize;
+};
+
+struct Tile {
+  int direction, slot, batch;
+  int lines, positions, begin, end, total;  // total: lines from begin to end
+  int lane, warp, rank, blocks;             // warp of the block, block of the cluster
+  int start, first;                         // first position of the warp and of the lane
+  bool leads, trails;                       // at the first and last place of its warp
+};
+
+template <int CLUSTER> __device__ __forceinline__ Tile make_tile(const Tiling& t) {
+  Tile k;
+  int64 index = blockIdx.x;
+  k.rank = (int)(index % CLUSTER), index /= CLUSTER;
+  const int chunk = (int)(index % t.chunks);
+  index /= t.chunks;
+  k.slot = (int)(index % t.directions);
+  k.batch = (int)(index / t.directions);
+  k.direction = ((unsigned)t.packed_directions >> (2 * k.slot)) & 3;
+  const bool vertical = k.direction == DOWN || k.direction == UP;
+  k.lines = (int)(vertical ? t.height : t.width);
+  k.positions = (int)(vertical ? t.width : t.height);
+  k.begin = (int)min((int64)chunk * t.chunk_size, (int64)k.lines);
+  k.end = (int)min((int64)k.begin + t.chunk_size, (int64)k.lines);
+  k.total = k.end - k.begin;
+  k.lane = threadIdx.x % 32, k.warp = threadIdx.x / 32, k.blocks = CLUSTER;
+  k.leads = k.lane == 0, k.trails = k.lane == 31;
+  k.start = (k.rank * (int)t.warps + k.warp) * 32 * RUN;
+  k.first = k.start + k.lane * RUN;
+  return k;
+}
 
 // Where one tensor of COUNT elements a pixel lies, for a lane.
 template <int COUNT> struct Plane {
@@ -19,7 +57,8 @@ template <int COUNT> struct Plane {
   int64 line, position;  // strides in elements
 
   __device__ __forceinline__ Plane(const scalar_t* p, int64 row, int64 column, const Tile& k) {
-    const View v = view_by_steps(k, 0, row, column, false);
+    View v = view_along(k.direction, k.lines, 0, row, column);
+    v.base += v.line * k.begin;
     const bool vertical = k.direction == DOWN || k.direction == UP;
     line = v.line, position = v.position;
     from = p + v.at(0, k.first);
@@ -27,7 +66,7 @@ template <int COUNT> struct Plane {
   }
 };
 
-// Of each warp: [PLANE_STAGES][vectors of a stage][32 lanes]. Of the block: what Border wants, as in Memory.
+// Of each warp: [PLANE_STAGES][vectors of a stage][32 lanes]. Of the block: [warps][parity][side] states that neighbours sent, as many barriers.
 template <int VECTORS> struct PlaneMemory {
   char* ring;  // this warp's
   float* borders;
@@ -37,8 +76,8 @@ template <int VECTORS> struct PlaneMemory {
 
   __device__ __forceinline__ PlaneMemory(char* base, const Tile& k, const Tiling& t) : lane(k.lane) {
     ring = base + k.warp * (PLANE_STAGES * stage_bytes);
-    borders = reinterpret_cast<float*>(base + t.position_warps * (PLANE_STAGES * stage_bytes));
-    barriers = reinterpret_cast<char*>(borders + t.position_warps * 4 * VEC);
+    borders = reinterpret_cast<float*>(base + t.warps * (PLANE_STAGES * stage_bytes));
+    barriers = reinterpret_cast<char*>(borders + t.warps * 16);
   }
   // Four positions of a line of a stage, or a quarter of three coefficients of each.
   __device__ __forceinline__ char* of_row(int stage, int j, int vector) const {
@@ -70,6 +109,62 @@ template <int VECTORS> struct PlaneMemory {
           copy_async<16>(shared_address(of_column(stage, r, vector + n)),
                          p.from + stage * COLUMNS * p.line + r * p.position + COLUMNS * n, there ? 16 : 0);
       }
+    }
+  }
+};
+
+// What a warp leaves to its neighbours and gets from them at every line. Its first lane deals with the neighbour on the
+// left, its last with the one on the right; the others have none. Two buffers are enough: a neighbour that is two lines
+// ahead would need what this warp has not sent yet. States travel in vectors of four, of which the first counts.
+struct Border {
+  bool there, far;        // this lane has a neighbour; which is in another block
+  float* slot;            // received: parities are 8 floats apart
+  unsigned barrier;       // parities are 16 bytes apart
+  float* target;          // where the neighbour receives, in this block
+  unsigned far_target, signal;
+
+  // Warps beyond the last position only set their barriers up.
+  template <int CLUSTER, typename M>
+  __device__ __forceinline__ void setup(const M& m, const Tile& k, const Tiling& t) {
+    const int side = k.trails;
+    there = (k.leads && k.start > 0) || (k.trails && k.start + 32 * RUN < k.positions);
+    far = CLUSTER > 1 && k.warp == (side ? (int)t.warps - 1 : 0);
+    const int hop = there ? far ? 1 - (int)t.warps : 1 : 0, other = side ? k.warp + hop : k.warp - hop;
+    slot = m.borders + k.warp * 16 + side * 4;
+    barrier = shared_address(m.barriers + k.warp * 32 + side * 8);
+    // What goes left arrives on the neighbour's right side, and the other way round.
+    target = m.borders + other * 16 + (1 - side) * 4;
+    signal = shared_address(m.barriers + other * 32 + (1 - side) * 8);
+    if (there && far) {
+      const int rank = side ? k.rank + 1 : k.rank - 1;
+      far_target = remote_address(shared_address(target), rank), signal = remote_address(signal, rank);
+    }
+    if (k.leads || k.trails) {
+#pragma unroll
+      for (int parity = 0; parity < 2; ++parity) {
+        barrier_init(barrier + parity * 16, 1);
+        if (far) barrier_expect(barrier + parity * 16, 16);
+      }
+    }
+  }
+
+  // What the neighbour sent after `step`.
+  __device__ __forceinline__ float receive(int step) const {
+    const int parity = step & 1;
+    barrier_wait(barrier + parity * 16, step >> 1 & 1);
+    const float value = slot[parity * 8];
+    if (far) barrier_expect(barrier + parity * 16, 16);
+    return value;
+  }
+
+  // Sends the state after `step`.
+  __device__ __forceinline__ void send(float value, int step) const {
+    const int parity = step & 1;
+    if (far) {
+      send_floats(far_target + 32 * parity, signal + parity * 16, value, 0.0f, 0.0f, 0.0f);
+    } else {
+      target[parity * 8] = value;
+      barrier_arrive(signal + parity * 16);
     }
   }
 };

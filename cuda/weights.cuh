@@ -1,4 +1,4 @@
-// Raw coefficients to weights, the fast way: what the tiled and the warp kernels do for every position of a line.
+// Raw coefficients to weights, the fast way: what the tiled and the plane kernels do for every position of a line.
 #pragma once
 #include "common.cuh"
 

@@ -22,7 +22,6 @@ from gspn2_diffusion.ops.plans import Plan
 
 SHARED_LIMIT = 227 * 1024
 HERE = Path(__file__).parent / "emulator"
-CLUSTERED = (*cupy_backend.WARP, *cupy_backend.PLANE)
 PROBLEMS = {
     1: "nothing could go on: a deadlock",
     2: "something was sent that nobody waited for",
@@ -33,7 +32,7 @@ PROBLEMS = {
 @functools.cache
 def library(source: str, dtype: torch.dtype, vec: int, run: int, entry: str) -> ctypes.CDLL:
     code = cupy_backend.kernel_source(source, dtype, vec, run, folders=(HERE, cupy_backend.source_folder()))
-    cluster = entry.rsplit("_", 1)[1] if source in CLUSTERED else "1"
+    cluster = entry.rsplit("_", 1)[1] if source in cupy_backend.PLANE else "1"
     code = re.sub(rf"^ENTRY\((?!{cluster},).*$", "", code, flags=re.MULTILINE)  # other cluster sizes
     code = f"""#include "{HERE / "emulator.hpp"}"
 {code}
@@ -88,6 +87,8 @@ def emulated(patch: pytest.MonkeyPatch) -> Iterator[None]:
     patch.setattr(cupy_backend, "bind", lambda device: None)
     patch.setattr(cupy_backend, "processors", lambda device: 2)
     patch.setattr(cupy_backend, "shared_limit", lambda device: SHARED_LIMIT)
+    patch.setattr(cupy_backend, "has_barriers", lambda device: True)
+    patch.setattr(cupy_backend, "clusters", lambda device: (1, 2))
     patch.setattr(torch.cuda, "current_device", lambda: None)  # the index of the processor
     try:
         with poisoned_memory():

@@ -21,14 +21,12 @@ import torch
 
 from gspn2_diffusion.ops.plane_plans import RUN as PLANE_RUN
 from gspn2_diffusion.ops.plans import RUNS, Plan
-from gspn2_diffusion.ops.warp_plans import WARP_RUNS
 
 GENERIC = ("line_scan_forward", "line_scan_backward")
 TILED = ("line_scan_forward_tiled", "line_scan_backward_tiled")
-WARP = ("line_scan_forward_warp", "line_scan_backward_warp")
 PLANE = ("line_scan_forward_plane",)
 FINISH = "line_scan_finish"
-CLUSTERS = (1, 2, 4, 8, 16)
+CLUSTERS = (1, 2, 3, 4, 5, 7, 8, 16)
 _NON_PORTABLE_CLUSTER = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
 _SCALAR = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -85,8 +83,6 @@ def variants() -> list[Variant]:
         chunk = 16 // dtype.itemsize
         found += [(name, dtype, 1 << n, 1) for name in GENERIC for n in range(chunk.bit_length())]
         found += [(name, dtype, vec * 2 // dtype.itemsize, run) for name in TILED for vec, run in RUNS]
-        for name, backward in zip(WARP, (False, True), strict=True):
-            found += [(name, dtype, vec, run) for vec, run in WARP_RUNS[dtype.itemsize, backward]]
         found += [(name, dtype, PLANE_RUN, PLANE_RUN) for name in PLANE]
         found += [(FINISH, dtype, chunk, 1)]
     return found
@@ -187,6 +183,12 @@ def processors(device: int) -> int:
 def has_accelerator(device: int) -> bool:
     """Whether a device has the tensor memory accelerator and thread-block clusters."""
     return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
+def has_barriers(device: int) -> bool:
+    """Whether a device has asynchronous copies and barriers in shared memory."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from gspn2_diffusion.ops import cupy_backend
+from gspn2_diffusion.ops.plane_plans import choose_plane_tile, fits_planes, plane_plan
 from gspn2_diffusion.ops.plans import MAX_BOX, Plan, Problem, choose_tile, generic_plan, tiled_plan
 
 Strides = tuple[int, ...]
@@ -41,13 +42,29 @@ class Mapped(NamedTuple):
 
 
 def choose_plan(
-    shape: Strides, groups: int, setting: Setting, backward: bool, strides: Sequence[Strides], alignment: int
+    shape: Strides,
+    groups: int,
+    setting: Setting,
+    backward: bool,
+    strides: Sequence[Strides],
+    weight: Strides,
+    alignment: int,
 ) -> Plan:
-    """The plan for a problem and its tensors' layouts: tiled where 16-byte vectors allow, else generic.
+    """The plan for a problem and its tensors' layouts.
+
+    =========  ==============================================================  ==============================
+    kernels    chosen for                                                      64 x 1024 x 1024, 1 channel:
+                                                                               forward on an H200
+    =========  ==============================================================  ==============================
+    tiled      vectors of 16 bytes fit a group's channels, strides, addresses  (no vector of channels)
+    plane      forward, one channel, rows in one piece each                    3.5 ms
+    generic    anything else                                                   21.8 ms
+    =========  ==============================================================  ==============================
 
     Args:
         shape: ``(B, H, W, C)``.
         strides: of each tensor that is read in vectors, of all dimensions but the last, which has stride 1.
+        weight: all strides of the coefficients.
         alignment: the tensors' addresses modulo 16, combined by bitwise or.
     """
     dtype, device, directions, chunk, normalize = setting
@@ -55,14 +72,20 @@ def choose_plan(
     itemsize = dtype.itemsize
     problem = Problem(batch, height, width, channels, groups, directions, chunk, itemsize, backward)
     vec = _vector_width(problem, strides, alignment)
-    limit = cupy_backend.shared_limit(device)
+    limit, processors = cupy_backend.shared_limit(device), cupy_backend.processors(device)
+    planar = not backward and fits_planes(problem, strides, weight, alignment)
+    if planar and cupy_backend.has_barriers(device):
+        plane = choose_plane_tile(problem, cupy_backend.clusters(device), limit, processors)
+        plan = None if plane is None else plane_plan(problem, plane, normalize, limit)
+        if plan is not None:
+            return plan
     # The accelerator does not take a stride of zero, as an expanded tensor has.
     sizes = (problem.batch, problem.height, problem.width, len(directions))
     dense = all(
         stride > 0 or size == 1 for each in strides for stride, size in zip(each, sizes, strict=False)
     )
     if vec * problem.itemsize == 16 and dense:
-        tile = choose_tile(problem, cupy_backend.clusters(device), limit, cupy_backend.processors(device))
+        tile = choose_tile(problem, cupy_backend.clusters(device), limit, processors)
         plan = None if tile is None else tiled_plan(problem, tile, normalize, limit)
         if plan is not None:
             return plan
@@ -188,11 +211,12 @@ def forward_launch(
     Args:
         shape: of ``x``.
         x, weight, lam, u, y: strides; the states have those of ``y``.
-        alignment: the addresses of ``x``, ``lam`` and ``u`` modulo 16, combined by bitwise or.
+        alignment: the addresses of ``x``, ``lam`` and ``u``, of one channel also of ``weight``, modulo 16,
+            combined by bitwise or.
         plan: instead of the one that is chosen.
     """
     read = [each[:-1] for each in (x, lam, u) if each is not None]
-    plan = plan or choose_plan(shape, groups, setting, False, read, alignment)
+    plan = plan or choose_plan(shape, groups, setting, False, read, weight, alignment)
     strides = (*x[:3], *weight[:5], *lam[:4], *_gate_strides(u), *y[:4])
     mapped = (
         Mapped(0, HALO, x[:3]),
@@ -229,7 +253,7 @@ def backward_launch(
         plan: instead of the one that is chosen.
     """
     read = [each[:-1] for each in (x, lam, u, dy, state) if each is not None]
-    plan = plan or choose_plan(shape, groups, setting, True, read, alignment)
+    plan = plan or choose_plan(shape, groups, setting, True, read, weight, alignment)
     strides = (*dy[:4], *x[:3], *weight[:5], *lam[:4], *_gate_strides(u), *state[:4])
     batch, height, width, channels = shape
     dx = (height * width * channels, width * channels, channels, batch * height * width * channels)

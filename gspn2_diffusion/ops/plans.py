@@ -266,18 +266,18 @@ def tiled_shared_bytes(problem: Problem, tile: Tile, width: int, boxes: int, con
 
 
 # Which tile: the one with the lowest estimated time. Nanoseconds for one line of one wave of blocks, for each
-# of the terms of `cost_terms`, fitted to 3,200 tiles of 18 shapes measured on an H200 in bfloat16: median
-# error 13%. On average the chosen tile takes 4% (forward) and 5% (backward) longer than the best one that was
-# tried, at worst 29% and 24%. benchmarks/tiles.py measures and fits again.
+# of the terms of `cost_terms`, fitted to tiles measured on an H200 in bfloat16. Of 6,800 tiles of 22 shapes
+# measured since, the chosen one takes 3% (forward) and 6% (backward) longer than the best that was tried on
+# average, at worst 23% and 47%. benchmarks/tiles.py measures and fits again.
 _COST = {
     False: (65.0, 217.0, 560.0, 104.0, 157.0, 12.8, 43.0),
     True: (288.0, 125.0, 900.0, 245.0, 331.0, 18.6, 299.0),
 }
 # Clusters of a size that are active at once, as a share of the multiprocessors: larger ones leave some idle.
-_ACTIVE = {1: 1.0, 2: 0.5, 4: 0.235, 8: 0.107, 16: 0.054}
+_ACTIVE = {1: 1.0, 2: 0.5, 3: 0.28, 4: 0.235, 5: 0.17, 7: 0.1, 8: 0.107, 16: 0.054}
 
 
-def tiles(problem: Problem, clusters: Sequence[int] = (1, 2, 4, 8, 16)) -> Iterator[Tile]:
+def tiles(problem: Problem, clusters: Sequence[int] = (1, 2, 3, 4, 5, 7, 8, 16)) -> Iterator[Tile]:
     """Every tile choice worth trying; :func:`tiled_plan` sorts out those that fit."""
     chunk = 16 // problem.itemsize
     # Rows of 48 bytes, 24 channels in half precision, straddle the sectors of memory.

@@ -55,7 +55,7 @@ def line_scan_forward(
     if y.numel() == 0:
         return y, state
     cupy_backend.bind(index)
-    at_x, at_lam, at_u = x.data_ptr(), lam.data_ptr(), _pointer(u)
+    at_x, at_weight, at_lam, at_u = x.data_ptr(), weight.data_ptr(), lam.data_ptr(), _pointer(u)
     launch = forward_launch(
         x.shape,
         weight.shape[4],
@@ -65,10 +65,10 @@ def line_scan_forward(
         lam.stride(),
         None if u is None else u.stride(),
         y.stride(),
-        (at_x | at_lam | at_u) % 16,
+        (at_x | at_lam | at_u | (at_weight if x.shape[3] == 1 else 0)) % 16,
         plan,
     )
-    launch(at_x, weight.data_ptr(), at_lam, at_u, y.data_ptr(), _pointer(state))
+    launch(at_x, at_weight, at_lam, at_u, y.data_ptr(), _pointer(state))
     return y, state
 
 

@@ -11,23 +11,15 @@ from emulate import SHARED_LIMIT, emulated
 from scan_cases import BACKWARD_TOLERANCE, FORWARD_TOLERANCE, ground_truth, make_inputs, relative_error
 from torch import Tensor
 
-from gspn2_diffusion.ops import scan_kernels
+from gspn2_diffusion.ops import cupy_backend, scan_kernels
 from gspn2_diffusion.ops.line_scan import line_scan
 from gspn2_diffusion.ops.plane_plans import PlaneTile, fits_planes, plane_plan
 from gspn2_diffusion.ops.plans import Problem, generic_plan
 from gspn2_diffusion.ops.torch_library import LineScan
-from gspn2_diffusion.ops.warp_plans import WarpTile, warp_plan
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
-CASES = [  # (H, W), C, G, tile, chunk, dtype, options of the inputs
-    ((33, 65), 16, 1, WarpTile(8, 1, 2, 1, 5, 1), 0, torch.bfloat16, {}),
-    ((7, 9), 48, 2, WarpTile(8, 1, 1, 3, 1, 1), 0, torch.bfloat16, {"normalize": False}),
-    ((20, 70), 32, 2, WarpTile(8, 2, 2, 2, 3, 1), 7, torch.bfloat16, {}),
-    ((6, 131), 32, 1, WarpTile(8, 1, 2, 2, 2, 8), 4, torch.bfloat16, {"with_u": False}),
-    ((40, 23), 48, 1, WarpTile(8, 2, 6, 1, 2, 2), 0, torch.bfloat16, {}),
-    ((9, 140), 8, 1, WarpTile(4, 2, 2, 1, 3, 2), 0, torch.float32, {}),
-    ((1, 7), 8, 1, WarpTile(4, 2, 2, 1, 3, 2), 0, torch.float32, {"with_u": False, "normalize": False}),
+CASES = [  # (H, W), C, G, channels of a vector, chunk, dtype, options of the inputs
     ((5, 9), 24, 2, 4, 0, torch.bfloat16, {}),
     ((9, 5), 7, 7, 1, 3, torch.float32, {"with_u": False}),
     ((3, 11), 6, 1, 2, 2, torch.float32, {"normalize": False}),
@@ -84,6 +76,28 @@ def rows_in_one_piece(t: Tensor) -> Tensor:
     return t.movedim(3, 0).contiguous().movedim(0, 3)
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+def test_one_channel_by_default(monkeypatch, shift):
+    """The plane kernel takes rows in one piece each, the generic one what does not start at 16 bytes."""
+    inputs = make_inputs(1, 12, 16, 1, dtype=torch.bfloat16)
+    inputs = {n: t if n == "x" else rows_in_one_piece(t.detach()) for n, t in inputs.items()}
+    weight = inputs["weight"]
+    moved = torch.empty(weight.numel() + shift, dtype=weight.dtype)[shift:]
+    inputs["weight"] = moved.as_strided(weight.shape, weight.stride()).copy_(weight)
+    sources, start = [], cupy_backend.starter
+
+    def noted(plan, *of):
+        sources.append(plan.source)
+        return start(plan, *of)
+
+    monkeypatch.setattr(cupy_backend, "starter", noted)
+    y, state = scan_kernels.line_scan_forward(*inputs.values(), (0, 1, 2, 3), 0, True, True)
+    assert sources == ["line_scan_forward" if shift else "line_scan_forward_plane"]
+    assert state is not None
+    want = ground_truth(inputs, torch.zeros_like(y))["y"]
+    assert relative_error(y, want) <= FORWARD_TOLERANCE[torch.bfloat16]
+
+
 def test_which_layouts_the_plane_kernel_takes():
     problem = Problem(2, 12, 16, 1, 1, (0, 1, 2, 3), 0, 2, False)
     inputs = make_inputs(2, 12, 16, 1, dtype=torch.bfloat16)
@@ -105,18 +119,16 @@ def test_which_layouts_the_plane_kernel_takes():
     assert plane_plan(replace(problem, backward=True), PlaneTile(1), True, SHARED_LIMIT) is None
 
 
-def make_plan(x: Tensor, groups: int, tile: WarpTile | int, chunk: int, normalize: bool, backward: bool):
+def make_plan(x: Tensor, groups: int, vec: int, chunk: int, backward: bool):
     problem = Problem(*x.shape, groups, (0, 1, 2, 3), chunk, x.dtype.itemsize, backward)
-    if isinstance(tile, int):
-        return generic_plan(problem, tile, SHARED_LIMIT)
-    return warp_plan(problem, tile, normalize, SHARED_LIMIT)
+    return generic_plan(problem, vec, SHARED_LIMIT)
 
 
-@pytest.mark.parametrize(("size", "channels", "groups", "tile", "chunk", "dtype", "kind"), CASES)
-def test_forward(size, channels, groups, tile, chunk, dtype, kind):
+@pytest.mark.parametrize(("size", "channels", "groups", "vec", "chunk", "dtype", "kind"), CASES)
+def test_forward(size, channels, groups, vec, chunk, dtype, kind):
     inputs = strided(make_inputs(2, *size, channels, groups, dtype=dtype, **kind))
     normalize = kind.get("normalize", True)
-    plan = make_plan(inputs["x"], groups, tile, chunk, normalize, False)
+    plan = make_plan(inputs["x"], groups, vec, chunk, False)
     y, state = scan_kernels.line_scan_forward(
         *inputs.values(), (0, 1, 2, 3), chunk, normalize, True, plan=plan
     )
@@ -126,8 +138,8 @@ def test_forward(size, channels, groups, tile, chunk, dtype, kind):
         assert relative_error(got, want) <= FORWARD_TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize(("size", "channels", "groups", "tile", "chunk", "dtype", "kind"), CASES)
-def test_backward(size, channels, groups, tile, chunk, dtype, kind):
+@pytest.mark.parametrize(("size", "channels", "groups", "vec", "chunk", "dtype", "kind"), CASES)
+def test_backward(size, channels, groups, vec, chunk, dtype, kind):
     inputs = strided(make_inputs(2, *size, channels, groups, dtype=dtype, **kind))
     x, weight, lam, u = inputs.values()
     normalize = kind.get("normalize", True)
@@ -135,7 +147,7 @@ def test_backward(size, channels, groups, tile, chunk, dtype, kind):
     dy = torch.randn(lam.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     exact = (t.double() for t in (x, weight, lam))
     state = line_scan(*exact, None, backend="reference", **options).to(dtype)
-    plan = make_plan(x, groups, tile, chunk, normalize, True)
+    plan = make_plan(x, groups, vec, chunk, True)
     setting = ((0, 1, 2, 3), chunk, normalize)
     grads = scan_kernels.line_scan_backward(dy, *inputs.values(), state, *setting, plan=plan)
     want = ground_truth(inputs, dy, **options)
@@ -163,8 +175,7 @@ def test_gradients_through_autograd(with_u):
         assert relative_error(got, want[f"d{name}"]) <= BACKWARD_TOLERANCE[torch.float32], name
 
 
-@pytest.mark.parametrize("tile", [WarpTile(4, 1, 2, 1, 1, 1), 4])
-def test_coefficients_of_any_size(tile):
+def test_coefficients_of_any_size():
     """Alike or not, near zero or huge: only their differences count where all sigmoids are nearly zero."""
     inputs = make_inputs(1, 6, 8, 8)
     x, weight, lam, _ = inputs.values()
@@ -173,7 +184,7 @@ def test_coefficients_of_any_size(tile):
         weight[:, 2] = -1e30
         weight[:, 3, 4, ..., 1] = -1e20
         weight[:, 4, 2:4] = 1e30
-    plan = make_plan(x, 1, tile, 0, True, False)
+    plan = make_plan(x, 1, 4, 0, False)
     y, _ = scan_kernels.line_scan_forward(x, weight, lam, None, (0, 1, 2, 3), 0, True, False, plan=plan)
     want = ground_truth({**inputs, "u": None}, torch.zeros_like(y))["y"]
     assert relative_error(y, want) <= FORWARD_TOLERANCE[torch.float32]
@@ -203,9 +214,3 @@ def test_kept_launches_take_other_addresses_and_layouts():
         want = ground_truth(inputs, torch.zeros_like(y))["y"]
         assert relative_error(y, want) <= FORWARD_TOLERANCE[torch.float32]
         assert y.stride() == inputs["lam"].stride()
-
-
-def test_a_tile_that_does_not_reach_the_last_position_is_no_plan():
-    problem = Problem(1, 8, 65, 16, 1, (0,), 0, 2, False)
-    assert warp_plan(problem, WarpTile(8, 1, 2, 1, 4, 1), True, SHARED_LIMIT) is None
-    assert warp_plan(problem, WarpTile(8, 1, 2, 1, 5, 1), True, SHARED_LIMIT) is not None

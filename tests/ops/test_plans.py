@@ -21,7 +21,7 @@ from gspn2_diffusion.ops.plans import (
     tiles,
 )
 
-LIMIT, PROCESSORS, CLUSTERS = 227 * 1024, 132, (1, 2, 4, 8, 16)
+LIMIT, PROCESSORS, CLUSTERS = 227 * 1024, 132, (1, 2, 3, 4, 5, 7, 8, 16)
 PROBLEM = Problem(2, 96, 160, 96, 1, (0, 1, 2, 3), 0, 2, False)
 PROBLEMS = [
     dataclasses.replace(
