@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import tempfile
-from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -62,7 +61,9 @@ extern "C" int emulate(const void* parameters, int grid, int threads, int shared
     return loaded
 
 
-def starter(plan: Plan, dtype: torch.dtype, device: object, seed: int = 0) -> Callable[[array[int]], None]:
+def starter(
+    plan: Plan, dtype: torch.dtype, device: object, seed: int = 0
+) -> Callable[[cupy_backend.Packed], None]:
     """What :func:`cupy_backend.starter` does, for tensors in main memory.
 
     Raises:
@@ -70,8 +71,8 @@ def starter(plan: Plan, dtype: torch.dtype, device: object, seed: int = 0) -> Ca
     """
     emulate = library(plan.source, dtype, plan.vec, plan.run, plan.entry).emulate
 
-    def start(struct: array[int]) -> None:
-        address = ctypes.c_void_p(struct.buffer_info()[0])
+    def start(packed: cupy_backend.Packed) -> None:
+        address = ctypes.c_void_p(packed.struct.buffer_info()[0])
         status = emulate(address, plan.grid, plan.threads, plan.shared_bytes, ctypes.c_uint(seed))
         if status:
             raise RuntimeError(f"{plan.entry}: {PROBLEMS[status]}")

@@ -284,20 +284,35 @@ def bind(device: int) -> None:
     _set_device()(device)
 
 
-def starter(plan: Plan, dtype: torch.dtype, device: int) -> Callable[[array[int]], None]:
+class Packed:
+    """A kernel's argument, one struct of 64-bit members; a launch copies it, so it serves many."""
+
+    def __init__(self, struct: array[int]) -> None:
+        self.struct = struct
+        self._addresses = array("Q", (struct.buffer_info()[0],))
+        self.arguments = self._addresses.buffer_info()[
+            0
+        ]  # where the driver finds the address of the argument
+
+
+def current_stream(device: int) -> int:
+    """The handle of torch's current stream on a device."""
+    return int(torch._C._cuda_getCurrentRawStream(device))  # the public call makes an object each time
+
+
+def starter(plan: Plan, dtype: torch.dtype, device: int) -> Callable[[Packed], None]:
     """What launches a plan on the current device, which is ``device``, and torch's current stream.
 
-    It takes the kernel's argument, one struct of 64-bit members. CuPy's own call would convert every argument
-    and switch device and stream each time, so the driver is called through CuPy's binding instead.
+    CuPy's own call would convert every argument and switch device and stream each time, so the driver is
+    called through CuPy's binding instead.
     """
     from cupy_backends.cuda.api import driver
 
     function = _kernel(device, plan.source, plan.entry, dtype, plan.vec, plan.run).kernel.ptr
     sizes = (plan.grid, 1, 1, plan.threads, 1, 1, plan.shared_bytes)
-    launch, stream = driver.launchKernel, torch.cuda.current_stream
+    launch = driver.launchKernel
 
-    def start(struct: array[int]) -> None:
-        arguments = array("Q", (struct.buffer_info()[0],))
-        launch(function, *sizes, stream(device).cuda_stream, arguments.buffer_info()[0], 0)
+    def start(packed: Packed) -> None:
+        launch(function, *sizes, current_stream(device), packed.arguments, 0)
 
     return start

@@ -138,20 +138,23 @@ class Launch:
         self._start = cupy_backend.starter(plan, setting.dtype, setting.device)
         self._maps: Callable[[tuple[int, ...]], tuple[int, ...]] | None = None
         if plan.tile is not None:
-            make = functools.partial(tensor_maps, plan, shape, setting, tuple(mapped))
-            # The caching allocator hands out the same addresses again and again.
-            self._maps = functools.lru_cache(maxsize=1024)(make)
+            self._maps = functools.partial(tensor_maps, plan, shape, setting, tuple(mapped))
+        # The caching allocator hands out the same addresses again and again.
+        self._packed = functools.lru_cache(maxsize=1024)(self._pack)
+
+    def _pack(self, *addresses: int) -> cupy_backend.Packed:
+        maps = () if self._maps is None else self._maps(addresses)
+        return cupy_backend.Packed(array("q", (*maps, *addresses, *self._rest)))
 
     def __call__(self, *pointers: int) -> None:
         """On the launch's device, which is current, and torch's current stream; 0 is no tensor."""
-        struct = array("q", pointers if self._maps is None else (*self._maps(pointers), *pointers))
-        if self.scratch_floats is not None:
-            scratch = None
-            if self.scratch_floats:
-                scratch = torch.empty(self.scratch_floats, dtype=torch.float32, device=f"cuda:{self.device}")
-            struct.append(0 if scratch is None else scratch.data_ptr())
-        struct.extend(self._rest)
-        self._start(struct)
+        if self.scratch_floats is None:
+            self._start(self._packed(*pointers))
+        elif self.scratch_floats == 0:
+            self._start(self._packed(*pointers, 0))
+        else:
+            scratch = torch.empty(self.scratch_floats, dtype=torch.float32, device=f"cuda:{self.device}")
+            self._start(self._packed(*pointers, scratch.data_ptr()))
 
 
 def tensor_maps(

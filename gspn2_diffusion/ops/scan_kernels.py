@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gspn2_diffusion.ops import cupy_backend
-from gspn2_diffusion.ops.launches import Setting, backward_launch, finish_launch, forward_launch
+from gspn2_diffusion.ops.launches import Launch, Setting, backward_launch, finish_launch, forward_launch
 from gspn2_diffusion.ops.plans import Plan
 
 
@@ -55,21 +55,67 @@ def line_scan_forward(
     if y.numel() == 0:
         return y, state
     cupy_backend.bind(index)
-    at_x, at_weight, at_lam, at_u = x.data_ptr(), weight.data_ptr(), lam.data_ptr(), _pointer(u)
-    launch = forward_launch(
+    launch = _launch_of(x, weight, lam, u, y, directions, chunk_size, normalize, plan)
+    launch(x.data_ptr(), weight.data_ptr(), lam.data_ptr(), _pointer(u), y.data_ptr(), _pointer(state))
+    return y, state
+
+
+def _launch_of(
+    x: Tensor,
+    weight: Tensor,
+    lam: Tensor,
+    u: Tensor | None,
+    y: Tensor,
+    directions: Sequence[int],
+    chunk_size: int,
+    normalize: bool,
+    plan: Plan | None,
+) -> Launch:
+    addresses = x.data_ptr() | lam.data_ptr() | _pointer(u) | (weight.data_ptr() if x.shape[3] == 1 else 0)
+    return forward_launch(
         x.shape,
         weight.shape[4],
-        Setting(x.dtype, index, tuple(directions), chunk_size, normalize),
+        Setting(x.dtype, x.device.index, tuple(directions), chunk_size, normalize),
         x.stride(),
         weight.stride(),
         lam.stride(),
         None if u is None else u.stride(),
         y.stride(),
-        (at_x | at_lam | at_u | (at_weight if x.shape[3] == 1 else 0)) % 16,
+        addresses % 16,
         plan,
     )
-    launch(at_x, at_weight, at_lam, at_u, y.data_ptr(), _pointer(state))
-    return y, state
+
+
+def kept_forward(
+    x: Tensor,
+    weight: Tensor,
+    lam: Tensor,
+    u: Tensor | None,
+    directions: Sequence[int],
+    chunk_size: int,
+    normalize: bool,
+) -> Launch | None:
+    """The launch for :func:`repeat_forward`; None where a tensor has to be copied or nothing is to be done."""
+    tensors = (x, weight, lam) if u is None else (x, weight, lam, u)
+    if x.numel() == 0 or any(unit_last_stride(t) is not t for t in tensors):
+        return None
+    with torch.cuda.device(x.device):
+        cupy_backend.bind(x.device.index)
+        y = torch.empty_like(lam)
+        return _launch_of(x, weight, lam, u, y, directions, chunk_size, normalize, None)
+
+
+def repeat_forward(launch: Launch, x: Tensor, weight: Tensor, lam: Tensor, u: Tensor | None) -> Tensor:
+    """``y`` for tensors of the shapes, strides, dtype, device and alignment that a launch was made for."""
+    index = launch.device
+    if torch.cuda.current_device() != index:
+        with torch.cuda.device(index):
+            return repeat_forward(launch, x, weight, lam, u)
+    y = torch.empty_like(lam)
+    cupy_backend.bind(index)
+    at_u = 0 if u is None else u.data_ptr()
+    launch(x.data_ptr(), weight.data_ptr(), lam.data_ptr(), at_u, y.data_ptr(), 0)
+    return y
 
 
 def line_scan_backward(

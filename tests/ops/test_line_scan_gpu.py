@@ -257,3 +257,42 @@ def test_no_state_is_kept_for_inference():
     with torch.no_grad():
         _, state = torch_library.line_scan_forward(*inputs.values(), [0, 1, 2, 3], 0, True, False)
     assert state.numel() == 0
+
+
+def test_calls_that_are_known_already():
+    """Calls of the same shapes share a launch; other layouts, alignments, options and devices have their own."""
+    from gspn2_diffusion.ops.line_scan import _kept
+
+    def shifted(t: torch.Tensor) -> torch.Tensor:
+        return torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape)
+
+    plain = {n: t.detach() for n, t in make_inputs(2, 9, 12, 16, device="cuda").items()}
+    cases = [
+        (plain, {}),
+        ({**plain, "x": shifted(plain["x"])}, {}),
+        ({**plain, "weight": shifted(plain["weight"])}, {}),
+        ({**plain, "lam": plain["lam"].transpose(1, 2).contiguous().transpose(1, 2)}, {}),
+        ({**plain, "u": None}, {"chunk_size": 4}),
+        ({n: t.bfloat16() for n, t in plain.items()}, {"normalize": False}),
+        (plain, {"directions": ("left", "down", "up", "right")}),
+    ]
+    if torch.cuda.device_count() > 1:
+        cases.append(({n: t.to("cuda:1") for n, t in plain.items()}, {}))
+    expected = []
+    for inputs, options in cases:
+        _kept.clear()
+        expected.append(line_scan(**inputs, **options))
+        assert len(_kept) == 1
+    _kept.clear()
+    for _ in range(3):
+        for (inputs, options), want in zip(cases, expected, strict=True):
+            doubled = {**inputs, "x": inputs["x"] * 2}  # at another address
+            if inputs["x"].data_ptr() % 16 == 0:
+                torch.testing.assert_close(line_scan(**doubled, **options), want * 2)
+            assert torch.equal(line_scan(**inputs, **options), want)
+    assert len(_kept) == len(cases)
+    with pytest.raises(ValueError, match="lam must have shape"):
+        line_scan(**{**plain, "lam": plain["lam"][:, :8]})
+    with pytest.raises(TypeError, match="u has dtype torch.bfloat16"):
+        line_scan(**{**plain, "u": plain["u"].bfloat16()})
+    assert line_scan(**{**plain, "x": plain["x"].requires_grad_()}).requires_grad
