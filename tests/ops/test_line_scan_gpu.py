@@ -260,7 +260,7 @@ def test_no_state_is_kept_for_inference():
 
 
 def test_calls_that_are_known_already():
-    """Calls of the same shapes share a launch; other layouts, alignments, options and devices have their own."""
+    """Calls of the same shapes share a launch; other layouts, alignments, options, devices have their own."""
     from gspn2_diffusion.ops.line_scan import _kept
 
     def shifted(t: torch.Tensor) -> torch.Tensor:
@@ -293,6 +293,6 @@ def test_calls_that_are_known_already():
     assert len(_kept) == len(cases)
     with pytest.raises(ValueError, match="lam must have shape"):
         line_scan(**{**plain, "lam": plain["lam"][:, :8]})
-    with pytest.raises(TypeError, match="u has dtype torch.bfloat16"):
+    with pytest.raises(TypeError, match=r"u has dtype torch\.bfloat16"):
         line_scan(**{**plain, "u": plain["u"].bfloat16()})
     assert line_scan(**{**plain, "x": plain["x"].requires_grad_()}).requires_grad
