@@ -95,7 +95,7 @@ def kept_forward(
     chunk_size: int,
     normalize: bool,
 ) -> Launch | None:
-    """The launch for :func:`repeat_forward`; None where a tensor has to be copied or there is nothing to do."""
+    """The launch for :func:`repeat_forward`, or None where a tensor has to be copied."""
     tensors = (x, weight, lam) if u is None else (x, weight, lam, u)
     if x.numel() == 0 or any(unit_last_stride(t) is not t for t in tensors):
         return None
