@@ -115,11 +115,10 @@ class LatentBank:
     """
 
     def __init__(self, capacity: int, sample: LatentBatch) -> None:
-        on_gpu = sample.latents.is_cuda
-        half = torch.bfloat16 if on_gpu else torch.float32
-        # float16 has the finer steps, and normalised latents lie far inside its range
-        latents = torch.float16 if on_gpu else torch.float32
-        kinds = {"latents": latents, "hidden": half, "mask": torch.bool, "pooled": half}
+        # float16 has finer steps than bfloat16, and normalised latents lie far inside its range
+        latents = torch.float16 if sample.latents.is_cuda else torch.float32
+        text = sample.text.hidden.dtype  # which the model takes as it is, where there is no autocast
+        kinds = {"latents": latents, "hidden": text, "mask": torch.bool, "pooled": text}
         self._ring = TensorRing(capacity, _columns(sample), kinds)
 
     @property

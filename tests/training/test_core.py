@@ -151,6 +151,19 @@ def test_bank_replaces_the_oldest_and_keeps_rows_together():
     assert torch.equal(found.latents[:, 0, 0, 0], found.text.pooled[:, 0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_latent_bank_keeps_the_type_of_the_text(dtype):
+    text = TextStates(
+        torch.rand(2, 3, 4).to(dtype), torch.ones(2, 3, dtype=torch.bool), torch.rand(2, 4).to(dtype)
+    )
+    batch = LatentBatch(torch.rand(2, 1, 2, 2), text)
+    bank = LatentBank(2, batch)
+    bank.write(0, batch)
+    drawn = bank.draw(2, torch.Generator().manual_seed(0))
+    assert drawn.latents.dtype == torch.float32
+    assert {drawn.text.hidden.dtype, drawn.text.pooled.dtype} == {dtype}
+
+
 def test_velocity_target_and_levels():
     class Exact(nn.Module):
         """Knows both ends, so its velocity is exact."""
