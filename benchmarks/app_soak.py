@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import os
 import random
@@ -209,7 +210,11 @@ def start_server(options: argparse.Namespace, log: Path) -> tuple[subprocess.Pop
     for model in options.model:
         command += ["--model", model]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stdout=log.open("wb"), stderr=subprocess.STDOUT, env=environment)
+    # Ctrl+C ends the server, also where this program was started in the background and ignores it.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        command, stdout=log.open("wb"), stderr=subprocess.STDOUT, env=environment, preexec_fn=heed
+    )
     url = f"http://127.0.0.1:{port}/"
     for _ in range(240):
         try:
