@@ -150,5 +150,5 @@ template <int CLUSTER> __device__ __forceinline__ void line_scan(const Parameter
 }
 
 #define KERNEL line_scan_forward_plane
-#define KERNEL_THREADS PLANE_THREADS
+#define KERNEL_THREADS 288  // as shared memory allows
 #include "entries.cuh"

@@ -13,7 +13,6 @@
 #define COLUMNS (16 / (int)sizeof(scalar_t))
 #define FOUR_BYTES (4 * (int)sizeof(scalar_t))
 #define PLANE_STAGES 2
-#define PLANE_THREADS 288  // of a block at most, as shared memory allows
 
 struct Tiling {
   int64 batch, height, width, channels, groups, directions, packed_directions, chunk_size, chunks;
@@ -56,18 +55,21 @@ template <int COUNT> struct Plane {
   const scalar_t* from;  // this lane's first position at the first line of the chunk, or the column furthest left of a stage
   int64 line, position;  // strides in elements
 
-  __device__ __forceinline__ Plane(const scalar_t* p, int64 row, int64 column, const Tile& k) {
+  // Steps go from the first line of the chunk to the last, or the other way round.
+  __device__ __forceinline__ Plane(const scalar_t* p, int64 row, int64 column, const Tile& k, bool backwards = false) {
     View v = view_along(k.direction, k.lines, 0, row, column);
-    v.base += v.line * k.begin;
+    v.base += v.line * (backwards ? k.end - 1 : k.begin);
+    if (backwards) v.line = -v.line;
     const bool vertical = k.direction == DOWN || k.direction == UP;
     line = v.line, position = v.position;
     from = p + v.at(0, k.first);
-    if (!vertical && k.direction == LEFT) from -= (COLUMNS - 1) * column;
+    if (!vertical && line < 0) from -= (COLUMNS - 1) * column;
   }
 };
 
-// Of each warp: [PLANE_STAGES][vectors of a stage][32 lanes]. Of the block: [warps][parity][side] states that neighbours sent, as many barriers.
-template <int VECTORS> struct PlaneMemory {
+// Of each warp: [PLANE_STAGES][vectors of a stage][32 lanes], [PLANE_STAGES][EXTRA bytes]. Of the block:
+// [warps][parity][side] states that neighbours sent, as many barriers.
+template <int VECTORS, int EXTRA = 0> struct PlaneMemory {
   char* ring;  // this warp's
   float* borders;
   char* barriers;
@@ -75,8 +77,8 @@ template <int VECTORS> struct PlaneMemory {
   static constexpr int stage_bytes = VECTORS * COLUMNS * 32 * FOUR_BYTES;  // VECTORS: elements of a pixel
 
   __device__ __forceinline__ PlaneMemory(char* base, const Tile& k, const Tiling& t) : lane(k.lane) {
-    ring = base + k.warp * (PLANE_STAGES * stage_bytes);
-    borders = reinterpret_cast<float*>(base + t.warps * (PLANE_STAGES * stage_bytes));
+    ring = base + k.warp * (PLANE_STAGES * (stage_bytes + EXTRA));
+    borders = reinterpret_cast<float*>(base + t.warps * (PLANE_STAGES * (stage_bytes + EXTRA)));
     barriers = reinterpret_cast<char*>(borders + t.warps * 16);
   }
   // Four positions of a line of a stage, or a quarter of three coefficients of each.
@@ -86,6 +88,9 @@ template <int VECTORS> struct PlaneMemory {
   // The columns of a stage of one position.
   __device__ __forceinline__ char* of_column(int stage, int r, int vector) const {
     return ring + stage % PLANE_STAGES * stage_bytes + ((r * VECTORS + vector) * 32 + lane) * 16;
+  }
+  __device__ __forceinline__ char* extra(int stage) const {
+    return ring + PLANE_STAGES * stage_bytes + stage % PLANE_STAGES * EXTRA;
   }
   // Copies a stage of a tensor whose vectors start at `vector`.
   template <int COUNT>
@@ -174,7 +179,7 @@ template <int COUNT> struct Fours {
   float value[RUN][COUNT];
 
   // Of a line that was fetched by rows.
-  template <int VECTORS> __device__ __forceinline__ void load_row(const PlaneMemory<VECTORS>& m, int stage, int j, int vector) {
+  template <typename M> __device__ __forceinline__ void load_row(const M& m, int stage, int j, int vector) {
     float flat[COUNT][VEC];
 #pragma unroll
     for (int n = 0; n < COUNT; ++n) load(flat[n], reinterpret_cast<const scalar_t*>(m.of_row(stage, j, vector + n)));
@@ -189,8 +194,7 @@ template <int COUNT> struct Fours {
 template <int COUNT> struct Columns {
   Vector four[RUN][COUNT];
 
-  template <int VECTORS>
-  __device__ __forceinline__ void load_quarter(const PlaneMemory<VECTORS>& m, int stage, int quarter, int vector) {
+  template <typename M> __device__ __forceinline__ void load_quarter(const M& m, int stage, int quarter, int vector) {
 #pragma unroll
     for (int r = 0; r < RUN; ++r)
 #pragma unroll

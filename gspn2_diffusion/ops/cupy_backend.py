@@ -24,7 +24,7 @@ from gspn2_diffusion.ops.plans import RUNS, Plan
 
 GENERIC = ("line_scan_forward", "line_scan_backward")
 TILED = ("line_scan_forward_tiled", "line_scan_backward_tiled")
-PLANE = ("line_scan_forward_plane",)
+PLANE = ("line_scan_forward_plane", "line_scan_backward_plane")
 FINISH = "line_scan_finish"
 CLUSTERS = (1, 2, 3, 4, 5, 7, 8, 16)
 _NON_PORTABLE_CLUSTER = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED

@@ -47,7 +47,7 @@ def choose_plan(
     setting: Setting,
     backward: bool,
     strides: Sequence[Strides],
-    weight: Strides,
+    weights: Sequence[Strides],
     alignment: int,
 ) -> Plan:
     """The plan for a problem and its tensors' layouts.
@@ -57,14 +57,14 @@ def choose_plan(
                                                                                forward on an H200
     =========  ==============================================================  ==============================
     tiled      vectors of 16 bytes fit a group's channels, strides, addresses  (no vector of channels)
-    plane      forward, one channel, rows in one piece each                    3.5 ms
+    plane      one channel, rows in one piece each                             3.5 ms
     generic    anything else                                                   21.8 ms
     =========  ==============================================================  ==============================
 
     Args:
         shape: ``(B, H, W, C)``.
         strides: of each tensor that is read in vectors, of all dimensions but the last, which has stride 1.
-        weight: all strides of the coefficients.
+        weights: all strides of the coefficients, and of their gradients.
         alignment: the tensors' addresses modulo 16, combined by bitwise or.
     """
     dtype, device, directions, chunk, normalize = setting
@@ -73,7 +73,7 @@ def choose_plan(
     problem = Problem(batch, height, width, channels, groups, directions, chunk, itemsize, backward)
     vec = _vector_width(problem, strides, alignment)
     limit, processors = cupy_backend.shared_limit(device), cupy_backend.processors(device)
-    planar = not backward and fits_planes(problem, strides, weight, alignment)
+    planar = all(fits_planes(problem, strides, each, alignment) for each in weights)
     if planar and cupy_backend.has_barriers(device):
         plane = choose_plane_tile(problem, cupy_backend.clusters(device), limit, processors)
         plan = None if plane is None else plane_plan(problem, plane, normalize, limit)
@@ -219,7 +219,7 @@ def forward_launch(
         plan: instead of the one that is chosen.
     """
     read = [each[:-1] for each in (x, lam, u) if each is not None]
-    plan = plan or choose_plan(shape, groups, setting, False, read, weight, alignment)
+    plan = plan or choose_plan(shape, groups, setting, False, read, (weight,), alignment)
     strides = (*x[:3], *weight[:5], *lam[:4], *_gate_strides(u), *y[:4])
     mapped = (
         Mapped(0, HALO, x[:3]),
@@ -242,6 +242,7 @@ def backward_launch(
     lam: Strides,
     u: Strides | None,
     state: Strides,
+    dweight: Strides,
     alignment: int,
     plan: Plan | None,
 ) -> Launch:
@@ -251,13 +252,16 @@ def backward_launch(
         shape: of ``x``.
         dy, x, weight, lam, u, state: strides; the gradients of ``lam`` and ``u`` have those of ``state``,
             ``dx`` is contiguous with the directions outermost.
-        alignment: the addresses of ``dy``, ``x``, ``lam``, ``u`` and ``state`` modulo 16, combined by bitwise
-            or.
+        dweight: strides of the weights' gradient where a kernel finishes it, as one for a single channel.
+        alignment: the addresses of ``dy``, ``x``, ``lam``, ``u`` and ``state``, of one channel also of
+            ``weight``, modulo 16, combined by bitwise or.
         plan: instead of the one that is chosen.
     """
     read = [each[:-1] for each in (x, lam, u, dy, state) if each is not None]
-    plan = plan or choose_plan(shape, groups, setting, True, read, weight, alignment)
+    plan = plan or choose_plan(shape, groups, setting, True, read, (weight, dweight), alignment)
     strides = (*dy[:4], *x[:3], *weight[:5], *lam[:4], *_gate_strides(u), *state[:4])
+    if plan.source in cupy_backend.PLANE:
+        strides += dweight[:4]
     batch, height, width, channels = shape
     dx = (height * width * channels, width * channels, channels, batch * height * width * channels)
     mapped = (

@@ -10,7 +10,9 @@ from gspn2_diffusion.ops.plans import Plan, Problem, ceil_div, check_grid
 RUN = 4  # positions of a lane, elements of its vectors
 STAGES = 2  # as in cuda/plane.cuh
 SPAN = 32 * RUN  # positions of a warp
-MAX_WARPS = 9  # PLANE_THREADS
+# Warps of a block, as KERNEL_THREADS of the kernels; and so many of which more than one block fits a multiprocessor.
+MAX_WARPS = {False: 9, True: 6}
+FEW_WARPS = {False: 4, True: 3}
 CLUSTERS = (1, 2, 4, 8)
 
 
@@ -21,10 +23,11 @@ class PlaneTile:
     cluster: int
 
 
-def shared_bytes(warps: int) -> int:
+def shared_bytes(warps: int, backward: bool) -> int:
     """Shared memory of a block: ``struct PlaneMemory`` in ``cuda/plane.cuh``."""
-    ring = STAGES * 6 * 16 * SPAN  # x, lam, u and three coefficients: vectors of a position
-    return warps * (ring + 4 * RUN * 4 + 32)
+    vectors = 8 if backward else 6  # elements of a pixel: x, lam, u, three coefficients; dy and the state
+    extra = 32 * 16 + 2 * 32 if backward else 0
+    return warps * (STAGES * (vectors * 16 * SPAN + extra) + 4 * RUN * 4 + 32)
 
 
 def fits_planes(
@@ -72,26 +75,23 @@ def choose_plane_tile(
     for tile in plane_tiles(problem, [n for n in clusters if n in CLUSTERS]):
         plan = plane_plan(problem, tile, True, shared_limit)
         if plan is not None:
-            fitting.append((plan.threads > 4 * 32, tile.cluster, tile))
+            fitting.append((plan.threads > 32 * FEW_WARPS[problem.backward], tile.cluster, tile))
     return min(fitting)[-1] if fitting else None
 
 
 def plane_plan(problem: Problem, tile: PlaneTile, normalize: bool, shared_limit: int) -> Plan | None:
-    """The launch of a problem that :func:`fits_planes`, or None where the blocks cannot hold a line.
-
-    There is no backward kernel of this kind; the generic one takes the states that this one leaves.
-    """
-    if problem.backward or problem.channels != 1:
+    """The launch of a problem that :func:`fits_planes`, or None where the blocks cannot hold a line."""
+    if problem.channels != 1:
         return None
     cluster = tile.cluster
     warps = ceil_div(problem.line_lengths[-1], cluster * SPAN)
-    shared = shared_bytes(warps)
-    if warps > MAX_WARPS or shared > shared_limit:
+    shared = shared_bytes(warps, problem.backward)
+    if warps > MAX_WARPS[problem.backward] or shared > shared_limit:
         return None
     chunks = ceil_div(problem.lines, problem.chunk_lines)
     grid = cluster * chunks * len(problem.directions) * problem.batch
     check_grid(grid, problem)
-    source = "line_scan_forward_plane"
+    source = "line_scan_backward_plane" if problem.backward else "line_scan_forward_plane"
     return Plan(
         source=source,
         entry=f"{source}_{cluster}",

@@ -141,7 +141,7 @@ def line_scan_backward(
 
     Returns:
         Gradients of ``x, weight, lam, u`` in the inputs' dtype, None where not wanted. Those of ``lam`` and
-        ``u`` are laid out as ``state``, the others contiguous.
+        ``u`` are laid out as ``state``, that of ``weight`` as it is or contiguous, that of ``x`` contiguous.
     """
     index = x.device.index
     if torch.cuda.current_device() != index:
@@ -159,6 +159,7 @@ def line_scan_backward(
     u = None if u is None else unit_last_stride(u)
     setting = Setting(x.dtype, index, tuple(directions), chunk_size, normalize)
     pointers = tuple(map(_pointer, (dy, x, weight, lam, u, state)))
+    at_weight = pointers[2] if x.shape[3] == 1 else 0
     launch = backward_launch(
         x.shape,
         weight.shape[4],
@@ -169,7 +170,8 @@ def line_scan_backward(
         lam.stride(),
         None if u is None else u.stride(),
         state.stride(),
-        (pointers[0] | pointers[1] | pointers[3] | pointers[4] | pointers[5]) % 16,
+        torch.empty_like(weight, device="meta").stride() if x.shape[3] == 1 else weight.stride(),
+        (pointers[0] | pointers[1] | pointers[3] | pointers[4] | pointers[5] | at_weight) % 16,
         plan,
     )
     dx, dweight = _partial_gradients(launch.plan, x, weight, want_x, want_weight)
@@ -177,6 +179,8 @@ def line_scan_backward(
     if launch.plan.source in cupy_backend.GENERIC:
         dx = None if dx is None else dx.sum(0).to(x.dtype)
         dweight = None if dweight is None else dweight.sum(0).to(x.dtype)
+    elif launch.plan.source in cupy_backend.PLANE:
+        dx, _ = _finish(dx, None, x, weight, setting)
     else:
         dx, dweight = _finish(dx, dweight, x, weight, setting)
     return dx, dweight, dlam, du
@@ -192,7 +196,9 @@ def _partial_gradients(
     if want_x:
         dtype = torch.float32 if generic else x.dtype
         dx = torch.empty((directions, *x.shape), dtype=dtype, device=x.device)
-    if want_weight:
+    if want_weight and plan.source in cupy_backend.PLANE:
+        dweight = torch.empty_like(weight)  # not a part, but the whole
+    elif want_weight:
         lines = (groups * plan.channel_slices, directions, batch, height * width * 3)
         shape = (plan.channel_slices, *weight.shape) if generic else lines
         dweight = torch.empty(shape, dtype=torch.float32, device=x.device)

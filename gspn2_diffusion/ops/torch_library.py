@@ -68,7 +68,8 @@ def _(
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def line_scan_backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    grads = scan_kernels.line_scan_backward(dy, *arguments)
+    dx, dweight, *others = scan_kernels.line_scan_backward(dy, *arguments)
+    grads = (dx, None if dweight is None else dweight.contiguous(), *others)
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
 

@@ -71,6 +71,32 @@ def test_one_channel(size, tile, chunk, dtype, kind):
         assert relative_error(got, want) <= FORWARD_TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize(("size", "tile", "chunk", "dtype", "kind"), PLANES)
+def test_gradients_of_one_channel(size, tile, chunk, dtype, kind):
+    inputs = make_inputs(2, *size, 1, dtype=dtype, **kind)
+    inputs = {n: t if n == "x" or t is None else rows_in_one_piece(t.detach()) for n, t in inputs.items()}
+    x, weight, lam, u = inputs.values()
+    normalize = kind.get("normalize", True)
+    options = {"chunk_size": chunk or None, "normalize": normalize}
+    dy = torch.randn(lam.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    exact = (t.double() for t in (x, weight, lam))
+    state = line_scan(*exact, None, backend="reference", **options).to(dtype)
+    dy, state = rows_in_one_piece(dy), rows_in_one_piece(state)
+    problem = Problem(2, *size, 1, 1, (0, 1, 2, 3), chunk, dtype.itemsize, True)
+    plan = plane_plan(problem, tile, normalize, SHARED_LIMIT)
+    assert plan is not None
+    setting = ((0, 1, 2, 3), chunk, normalize)
+    grads = scan_kernels.line_scan_backward(dy, *inputs.values(), state, *setting, plan=plan)
+    assert grads[1].stride() == weight.stride()
+    want = ground_truth(inputs, dy, **options)
+    for name, got in zip(("dx", "dweight", "dlam", "du"), grads, strict=True):
+        if got is None:
+            assert name == "du"
+            assert u is None
+        else:
+            assert relative_error(got, want[name]) <= BACKWARD_TOLERANCE[dtype], name
+
+
 def rows_in_one_piece(t: Tensor) -> Tensor:
     """The same values with the directions outermost."""
     return t.movedim(3, 0).contiguous().movedim(0, 3)
@@ -116,7 +142,6 @@ def test_which_layouts_the_plane_kernel_takes():
     assert not fits(odd, problem=replace(problem, width=15))
     assert not fits(apart, problem=replace(problem, chunk=4))
     assert not fits(apart, problem=replace(problem, channels=2))
-    assert plane_plan(replace(problem, backward=True), PlaneTile(1), True, SHARED_LIMIT) is None
 
 
 def make_plan(x: Tensor, groups: int, vec: int, chunk: int, backward: bool):
