@@ -185,10 +185,8 @@ class GSPN2Transformer2DModel(  # type: ignore[misc]
         # input that is a view in the first block only means one more compilation.
         hidden_states = self.patch_embed(self._patchify(hidden_states)).clone()  # (B, h*w, C)
         temb, embedded = self.time_embed(timestep, pooled_projections, hidden_states.dtype)  # (B, 6C), (B, C)
-        encoder_hidden_states = self.caption_norm(self.caption_projection(encoder_hidden_states))  # (B, L, C)
         bias = _mask_to_bias(encoder_attention_mask, self.num_cross_attention_heads, hidden_states.dtype)
-        for layer in self.caption_layers:
-            encoder_hidden_states = layer(encoder_hidden_states, bias)
+        encoder_hidden_states = self._read_caption(encoder_hidden_states, bias)
 
         for block in self.transformer_blocks:
             arguments = (hidden_states, encoder_hidden_states, bias, temb, height, width)
@@ -201,6 +199,25 @@ class GSPN2Transformer2DModel(  # type: ignore[misc]
         hidden_states = self.proj_out(modulate(self.norm_out(hidden_states), shift, scale))
         sample = self._unpatchify(hidden_states, height, width)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def encode_caption(self, encoder_hidden_states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """What the blocks' cross-attention reads.
+
+        Args:
+            encoder_hidden_states: text tokens ``(B, L, caption_channels)``.
+            mask: ``(B, L)``, 1 for real tokens; None for all of them.
+
+        Returns:
+            ``(B, L, C)``.
+        """
+        bias = _mask_to_bias(mask, self.num_cross_attention_heads, encoder_hidden_states.dtype)
+        return self._read_caption(encoder_hidden_states, bias)
+
+    def _read_caption(self, tokens: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        tokens = self.caption_norm(self.caption_projection(tokens))  # (B, L, C)
+        for layer in self.caption_layers:
+            tokens = layer(tokens, bias)
+        return tokens
 
     def set_scan_backend(self, backend: str) -> None:
         """Choose the backend of every scan: "auto", "cupy" or "reference".

@@ -11,12 +11,13 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from gspn2_diffusion.training import losses
-from gspn2_diffusion.training.captions import Prefetcher, SceneOptions, SceneWriter
+from gspn2_diffusion.training.captions import SceneOptions, SceneWriter
 from gspn2_diffusion.training.checkpoint import replace_folder
 from gspn2_diffusion.training.config import AutoencoderConfig, read_mapping
 from gspn2_diffusion.training.data import split_records, sprites_for
 from gspn2_diffusion.training.growth import grow_autoencoder
 from gspn2_diffusion.training.loop import TrainState, fit, prepare_state
+from gspn2_diffusion.training.prefetch import Prefetcher
 from gspn2_diffusion.training.runtime import Run, parameter_count
 from gspn2_diffusion.training.scene_clutter import clutter
 from gspn2_diffusion.training.scenes import SceneBatch, compose

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import copy
-import queue
 import random
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -108,6 +105,15 @@ class _Scene:
     things: list[_Thing]
     caption: str
     large: bool
+    names: list[str]  # the words for each of the things; empty where one phrase names them all
+
+
+@dataclass(frozen=True)
+class PlacedCaption:
+    """A caption and its things: words, centre x and y in -1..1 over the picture, size as in `Layer`."""
+
+    caption: str
+    things: list[tuple[str, float, float, float]]
 
 
 class SceneWriter:
@@ -156,8 +162,7 @@ class SceneWriter:
 
     def write(self, count: int, seed: Sequence[int]) -> SceneBatch:
         """`count` scenes decided by `seed`; those with most things come first."""
-        rng = random.Random(repr(tuple(seed)))
-        scenes = [write(rng) for write in rng.choices(self._kinds, self._shares, k=count)]
+        scenes = self._scenes(count, seed)
         scenes.sort(key=lambda scene: -1 if scene.large else -len(scene.things) - 1)
         small = sum(not scene.large for scene in scenes)
         layers = []
@@ -168,6 +173,20 @@ class SceneWriter:
             layers.append(_layer(small, [scene.things[0] for scene in scenes[small:]], 0.84))
         background = torch.tensor([scene.colour for scene in scenes]).view(-1, 3, 1, 1)
         return SceneBatch(background, layers, [scene.caption for scene in scenes], self.shape)
+
+    def places(self, count: int, seed: Sequence[int]) -> list[PlacedCaption]:
+        """Captions of `count` scenes, with the place of everything that has words of its own."""
+        return [
+            PlacedCaption(
+                scene.caption,
+                [(words, t.x, t.y, t.size) for words, t in zip(scene.names, scene.things, strict=False)],
+            )
+            for scene in self._scenes(count, seed)
+        ]
+
+    def _scenes(self, count: int, seed: Sequence[int]) -> list[_Scene]:
+        rng = random.Random(repr(tuple(seed)))
+        return [write(rng) for write in rng.choices(self._kinds, self._shares, k=count)]
 
     def of_shape(self, shape: tuple[int, int]) -> SceneWriter:
         """The same writer for pictures of (height, width) pixels."""
@@ -183,7 +202,7 @@ class SceneWriter:
         room = min(0.14, 1.0 - size + 0.04)
         cell = (rng.uniform(-room, room), rng.uniform(-room, room), size)
         phrase, thing = self._thing(rng, index, cell)
-        return self._finished(rng, phrase, [index], [thing], large=True)
+        return self._finished(rng, phrase, [index], [thing], [phrase], large=True)
 
     def _corner(self, rng: random.Random) -> _Scene:
         return self._arranged(rng, choose(rng, CORNERS), [rng.randrange(len(self.records))])
@@ -213,7 +232,7 @@ class SceneWriter:
             for cell in arrangement.cells
         ]
         words = rng.choice(arrangement.phrases).format(phrase)
-        return self._finished(rng, words, [index], things, large=False)
+        return self._finished(rng, words, [index], things, [], large=False)
 
     def _company(self, rng: random.Random, count: int) -> list[int]:
         """Pictures of one style and, when there are such, of different concepts."""
@@ -231,8 +250,9 @@ class SceneWriter:
     def _arranged(self, rng: random.Random, arrangement: Arrangement, chosen: list[int]) -> _Scene:
         spots = [place(rng, cell, self.aspect) for cell in arrangement.cells]
         made = [self._thing(rng, index, spot) for index, spot in zip(chosen, spots, strict=True)]
-        phrase = rng.choice(arrangement.phrases).format(*(words for words, _ in made))
-        return self._finished(rng, phrase, chosen, [thing for _, thing in made], large=False)
+        names, things = [words for words, _ in made], [thing for _, thing in made]
+        phrase = rng.choice(arrangement.phrases).format(*names)
+        return self._finished(rng, phrase, chosen, things, names, large=False)
 
     def _thing(self, rng: random.Random, index: int, spot: tuple[float, float, float]) -> tuple[str, _Thing]:
         """Words for a picture and the thing itself, recoloured or not."""
@@ -277,6 +297,7 @@ class SceneWriter:
         phrase: str,
         chosen: list[int],
         things: list[_Thing],
+        names: list[str],
         *,
         large: bool,
     ) -> _Scene:
@@ -289,7 +310,7 @@ class SceneWriter:
         article = "an" if ground == "orange" else "a"
         style = style_phrase(self.records[chosen[0]].style)
         caption = rng.choice(forms).format(o=phrase, s=style, b=ground, c=f"{article} {ground}")
-        return _Scene(_coloured(rng, ground or "white"), things, caption, large)
+        return _Scene(_coloured(rng, ground or "white"), things, caption, large, names)
 
 
 def _free_shades(taken: set[str | None]) -> Sequence[str]:
@@ -334,53 +355,3 @@ def check_split(records: Sequence[EmojiRecord], splits: Sequence[str]) -> None:
     for record in records:
         if record.split not in splits:
             raise ValueError(f"record {record.id} is of split {record.split!r}; allowed: {', '.join(splits)}")
-
-
-Made = TypeVar("Made")
-
-
-class Prefetcher(Generic[Made]):
-    """Makes items first, first + 1, ... in a thread, so that Python work never stalls the device.
-
-    Args:
-        make: called with the number of the item.
-        first: number of the first item.
-        depth: items kept ready.
-    """
-
-    def __init__(self, make: Callable[[int], Made], first: int = 0, depth: int = 16) -> None:
-        self.wait_seconds = 0.0
-        self._queue: queue.Queue[Made | BaseException] = queue.Queue(maxsize=depth)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(make, first), daemon=True)
-        self._thread.start()
-
-    def _run(self, make: Callable[[int], Made], number: int) -> None:
-        while not self._stopped.is_set():
-            try:
-                item: Made | BaseException = make(number)
-            except Exception as error:
-                item = error
-            while not self._stopped.is_set():
-                try:
-                    self._queue.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if isinstance(item, BaseException):
-                return
-            number += 1
-
-    def get(self) -> Made:
-        """The next item; an error in the thread is raised here."""
-        started = time.monotonic()
-        item = self._queue.get()
-        self.wait_seconds += time.monotonic() - started
-        if isinstance(item, BaseException):
-            raise item
-        return item
-
-    def close(self) -> None:
-        """End the thread."""
-        self._stopped.set()
-        self._thread.join(timeout=5)

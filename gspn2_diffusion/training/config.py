@@ -170,6 +170,8 @@ class DenoiserConfig(RunConfig):
     natural_probability: float = option(0.0, "share of other things whose own colour is named")
     mirror_probability: float = option(0.0, "share of things mirrored (never those with letters)")
     wobble: float = option(0.0, "largest random turn in radians; sizes and colours vary along")
+    caption_layout_steps: int = option(0, "steps in which new caption layers first learn where things stand")
+    caption_layout_batch: int = option(512, "captions in each of these steps")
     aspects: list[str] | None = option(None, "other shapes, height x width: 192x320 320x192")  # noqa: RUF009
     aspect_share: float = option(0.25, "share of the steps that the other shapes get")
     curated: bool = option(False, "leave out near-equal drawings that nobody asks for by name")

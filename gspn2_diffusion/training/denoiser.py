@@ -13,7 +13,9 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from gspn2_diffusion.training.assembly import write_pipeline
-from gspn2_diffusion.training.checkpoint import replace_folder
+from gspn2_diffusion.training.caption_layout import is_untaught, teach_layout
+from gspn2_diffusion.training.captions import SceneWriter
+from gspn2_diffusion.training.checkpoint import find_resume, replace_folder
 from gspn2_diffusion.training.config import (
     ConfigError,
     DenoiserConfig,
@@ -21,6 +23,7 @@ from gspn2_diffusion.training.config import (
     read_mapping,
     unknown_setting,
 )
+from gspn2_diffusion.training.data import split_records
 from gspn2_diffusion.training.frozen import FrozenModels, load_text_encoder, load_vae
 from gspn2_diffusion.training.growth import grow_denoiser
 from gspn2_diffusion.training.latents import LatentBatch, SceneEncoder
@@ -29,6 +32,7 @@ from gspn2_diffusion.training.model_card import write_card
 from gspn2_diffusion.training.objective import make_objective
 from gspn2_diffusion.training.picture_sources import find_format
 from gspn2_diffusion.training.runtime import Run, parameter_count
+from gspn2_diffusion.training.scene_setup import scene_options
 from gspn2_diffusion.training.sheets import (
     SheetPrompt,
     contact_sheet,
@@ -323,10 +327,27 @@ def train_denoiser(run: Run, config: DenoiserConfig) -> Path:
     run.say(f"denoiser {parameter_count(module):,} parameters")
     if config.gradient_checkpointing:
         module.enable_gradient_checkpointing()
+    prepare_captions(run, config, encoder, module)
     state = prepare_state(run, module, plain_config(module))
     task = DenoiserTask(run, config, encoder, state)
     fit_and_write(task, run, state, write_results)
     return run.output / "pipeline"
+
+
+def prepare_captions(run: Run, config: DenoiserConfig, encoder: Encoder, module: Any) -> None:
+    """New caption layers learn where things stand, at the start of a run on scenes that asks for it."""
+    if not config.caption_layout_steps or not isinstance(encoder, SceneEncoder) or not is_untaught(module):
+        return
+    if find_resume(config.resume_from, run.output) is not None:
+        return
+    records = split_records(config, "train", config.groups, config.styles)
+    writer = SceneWriter(records, scene_options(config))
+    module.to(run.device)
+    right = teach_layout(
+        run, module, encoder, writer, steps=config.caption_layout_steps, batch=config.caption_layout_batch
+    )
+    run.say(f"caption layers: {right:.1%} of the words of scenes with several things say where these stand")
+    run.record(caption_layout=right)
 
 
 def fit_and_write(

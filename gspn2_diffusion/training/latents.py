@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gspn2_diffusion.training.captions import Prefetcher, SceneWriter
+from gspn2_diffusion.training.captions import SceneWriter
+from gspn2_diffusion.training.prefetch import Prefetcher
 from gspn2_diffusion.training.rings import TensorRing
 from gspn2_diffusion.training.scenes import SceneBatch, compose
 from gspn2_diffusion.training.text import CaptionTokenizer, TextStates, encode_text

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gspn2_diffusion.training.captions import Prefetcher
 from gspn2_diffusion.training.latents import LatentBatch
 from gspn2_diffusion.training.picture_cache import Entry
+from gspn2_diffusion.training.prefetch import Prefetcher
 from gspn2_diffusion.training.rows import RowStore
 from gspn2_diffusion.training.text import TextStates
 

@@ -52,6 +52,11 @@ class CaptionTokenizer:
         mask = np.array([row.attention_mask for row in rows], dtype=bool)
         return torch.from_numpy(ids), torch.from_numpy(mask)
 
+    def offsets(self, captions: Sequence[str]) -> Tensor:
+        """Where each token begins and ends in its caption, int64 (B, max_length, 2); special ones: 0, 0."""
+        rows = self._core.encode_batch(list(captions))
+        return torch.from_numpy(np.array([row.offsets for row in rows], dtype=np.int64))
+
 
 @torch.no_grad()
 def encode_text(text_encoder: nn.Module, ids: Tensor, mask: Tensor) -> TextStates:

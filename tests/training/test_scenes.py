@@ -9,12 +9,12 @@ import torch
 
 from gspn2_diffusion.training.captions import (
     BACKGROUNDS,
-    Prefetcher,
     SceneOptions,
     SceneWriter,
     check_split,
 )
 from gspn2_diffusion.training.emoji import load_records, load_sprites, select
+from gspn2_diffusion.training.prefetch import Prefetcher
 from gspn2_diffusion.training.scene_clutter import clutter
 from gspn2_diffusion.training.scenes import Layer, SceneBatch, compose
 
