@@ -185,7 +185,7 @@ def main() -> None:
     with torch.no_grad():
         plane = options.kernels == "plane"
         passes = [kind == "backward" for kind in ("forward", "backward") if options.passes in (None, kind)]
-        todo = list(itertools.product(PLANES if plane else SHAPES, (False,) if plane else passes))
+        todo = list(itertools.product(PLANES if plane else SHAPES, passes))
         for shape, backward in todo:
             rows = measure(family, shape, backward, options.seconds / len(todo))
             cases.append({"shape": list(shape), "backward": backward, "tiles": rows})

@@ -101,14 +101,32 @@ __device__ __forceinline__ View view_along(int direction, int lines, int64 base,
   return v;
 }
 
-// What one block works on: one batch entry, direction, chunk of lines and slice of channels.
-//
-// A thread owns VEC channels of one group at the positions first, first + step, ... `lanes_per_group`
-// neighbouring threads (a power of two up to 32) share a group, `groups_per_block` groups share a block.
-struct Task {
+// A chunk of lines of one direction and batch entry.
+struct Stretch {
   int batch, slot, direction;   // slot: index of the direction among the D that were asked for
   int lines, positions;         // T and P along this direction
   int begin, end;               // lines of this chunk
+};
+
+// `index` counts the chunks of all directions and batch entries, chunks first; `s` tells how many there are.
+template <typename S> __device__ __forceinline__ void find_stretch(Stretch& k, int64 index, const S& s) {
+  const int chunk = (int)(index % s.chunks);
+  index /= s.chunks;
+  k.slot = (int)(index % s.directions);
+  k.batch = (int)(index / s.directions);
+  k.direction = ((unsigned)s.packed_directions >> (2 * k.slot)) & 3;
+  const bool vertical = k.direction == DOWN || k.direction == UP;
+  k.lines = (int)(vertical ? s.height : s.width);
+  k.positions = (int)(vertical ? s.width : s.height);
+  k.begin = (int)min((int64)chunk * s.chunk_size, (int64)k.lines);
+  k.end = (int)min((int64)k.begin + s.chunk_size, (int64)k.lines);
+}
+
+// What a block of the generic kernels works on: a stretch and a slice of channels.
+//
+// A thread owns VEC channels of one group at the positions first, first + step, ... `lanes_per_group`
+// neighbouring threads (a power of two up to 32) share a group, `groups_per_block` groups share a block.
+struct Task : Stretch {
   int lane, lanes;              // this thread's place among the block's threads of one position
   int group_lane;               // its place among the lanes of its group
   int group, channel;           // its group and first channel
@@ -144,17 +162,7 @@ __device__ __forceinline__ Task make_task(const Shape& s) {
   int64 index = blockIdx.x;
   k.channel_slice = (int)(index % s.channel_slices), index /= s.channel_slices;
   const int group_slice = (int)(index % s.group_slices);
-  index /= s.group_slices;
-  const int chunk = (int)(index % s.chunks);
-  index /= s.chunks;
-  k.slot = (int)(index % s.directions);
-  k.batch = (int)(index / s.directions);
-  k.direction = (s.packed_directions >> (2 * k.slot)) & 3;
-  const bool vertical = k.direction == DOWN || k.direction == UP;
-  k.lines = vertical ? s.height : s.width;
-  k.positions = vertical ? s.width : s.height;
-  k.begin = (int)min((int64)chunk * s.chunk_size, (int64)k.lines);
-  k.end = (int)min((int64)k.begin + s.chunk_size, (int64)k.lines);
+  find_stretch(k, index / s.group_slices, s);
   k.lanes = s.lanes_per_group * s.groups_per_block;
   k.lane = threadIdx.x % k.lanes;
   k.first = threadIdx.x / k.lanes;

@@ -22,7 +22,7 @@ struct Parameters {
 
 enum { DY = 0, U = 1, X = 2, LAM = 3, H = 4, RAW = 5, VECTORS = 8 };
 enum { WORD = 4 / (int)sizeof(scalar_t) };  // elements of four bytes
-// h of the line after a stage's last, 16 bytes a lane; h beside the warp's first position and after its last, 32 bytes each.
+// h of the line after a stage's last, 16 bytes a lane; h beside the warp's first position and its last, 32 bytes each.
 enum { NEXT = 0, BESIDE = 32 * 16, EXTRA = BESIDE + 2 * 32 };
 typedef PlaneMemory<VECTORS, EXTRA> Room;
 
@@ -86,7 +86,8 @@ struct Scan {
       for (int r = 0; r < RUN; ++r) {
         value[r] = fmaf(w[r][1], g[r], value[r]);
         value[r] = r > 0 ? fmaf(w[r > 0 ? r - 1 : 0][2], g[r > 0 ? r - 1 : 0], value[r]) : value[r] + left;
-        value[r] = r < RUN - 1 ? fmaf(w[r < RUN - 1 ? r + 1 : 0][0], g[r < RUN - 1 ? r + 1 : 0], value[r]) : value[r] + right;
+        value[r] = r < RUN - 1 ? fmaf(w[r < RUN - 1 ? r + 1 : 0][0], g[r < RUN - 1 ? r + 1 : 0], value[r])
+                               : value[r] + right;
       }
       if (border.there) {
         const float sent = border.receive(step - 1);
@@ -102,7 +103,8 @@ struct Scan {
     const Before b = look(next, beside);
 #pragma unroll
     for (int r = 0; r < RUN; ++r) {
-      out.dlam[r] = x.value[r][0] * g[r], out.dx[r] = lam.value[r][0] * g[r], out.du[r] = h.value[r][0] * dy.value[r][0];
+      out.dlam[r] = x.value[r][0] * g[r], out.dx[r] = lam.value[r][0] * g[r];
+      out.du[r] = h.value[r][0] * dy.value[r][0];
       if (more) gradient(out.dw[r], r, raw.value[r], b);
       else out.dw[r][0] = out.dw[r][1] = out.dw[r][2] = 0.0f;
     }
@@ -115,6 +117,11 @@ struct Outputs {
   int64 dx_line, dx_position, line, position, dweight_line, dweight_position;
 };
 
+// h beside the warp, for its first lane and its last; the others' neighbours are lanes.
+__device__ __forceinline__ float beside_warp(const Scan& scan, int stage, int element) {
+  const Tile& k = scan.k;
+  return k.leads || k.trails ? at(scan.m.extra(stage) + BESIDE + k.trails * 32, element) : 0.0f;
+}
 
 // Rows of a stage.
 __device__ __forceinline__ void scan_rows(Scan& scan, const Outputs& to, int stage) {
@@ -126,8 +133,8 @@ __device__ __forceinline__ void scan_rows(Scan& scan, const Outputs& to, int sta
     if (step >= k.total) break;
     Fours<1> dy, u, x, lam, h, next;
     Fours<3> raw;
-    dy.load_row(m, stage, j, DY), x.load_row(m, stage, j, X), lam.load_row(m, stage, j, LAM), h.load_row(m, stage, j, H);
-    raw.load_row(m, stage, j, RAW);
+    dy.load_row(m, stage, j, DY), x.load_row(m, stage, j, X), lam.load_row(m, stage, j, LAM);
+    h.load_row(m, stage, j, H), raw.load_row(m, stage, j, RAW);
     if (scan.a.u) u.load_row(m, stage, j, U);
     float h_next[RUN];
     if (j + 1 < COLUMNS) {
@@ -138,8 +145,7 @@ __device__ __forceinline__ void scan_rows(Scan& scan, const Outputs& to, int sta
 #pragma unroll
       for (int r = 0; r < RUN; ++r) h_next[r] = at(m.extra(stage) + NEXT + k.lane * 16, r);
     }
-    const char* const edge = m.extra(stage) + BESIDE + k.trails * 32 + j * 4;
-    const float beside = k.leads ? at(edge, WORD - 1) : at(edge, 0);
+    const float beside = beside_warp(scan, stage, j * WORD + (k.leads ? WORD - 1 : 0));
     Step out;
     scan.advance(out, dy, u, x, lam, h, raw, h_next, beside, step);
     if (k.first >= k.positions) continue;
@@ -165,19 +171,21 @@ template <bool REVERSED> __device__ __forceinline__ void scan_columns(Scan& scan
     const int quarter = REVERSED ? COLUMNS / 4 - 1 - q : q;
     Columns<1> dy, u, x, lam, h;
     Columns<3> raw;
-    dy.load_quarter(m, stage, quarter, DY), x.load_quarter(m, stage, quarter, X), lam.load_quarter(m, stage, quarter, LAM);
-    h.load_quarter(m, stage, quarter, H), raw.load_quarter(m, stage, quarter, RAW);
+    dy.load_quarter(m, stage, quarter, DY), x.load_quarter(m, stage, quarter, X);
+    lam.load_quarter(m, stage, quarter, LAM), h.load_quarter(m, stage, quarter, H);
+    raw.load_quarter(m, stage, quarter, RAW);
     if (scan.a.u) u.load_quarter(m, stage, quarter, U);
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       const int column = REVERSED ? 3 - n : n, c = quarter * 4 + column, after = REVERSED ? c - 1 : c + 1;
       const bool inside = after >= 0 && after < COLUMNS;
-      const char *const next = m.extra(stage) + NEXT + k.lane * 16, *const edge = m.extra(stage) + BESIDE + k.trails * 32;
+      const char* const next = m.extra(stage) + NEXT + k.lane * 16;
       float h_next[RUN];
 #pragma unroll
       for (int r = 0; r < RUN; ++r)
         h_next[r] = inside ? at(m.of_column(stage, r, H), after) : at(next + 4 * r, REVERSED ? WORD - 1 : 0);
-      const float beside = inside ? at(edge, after) : at(edge + 16, REVERSED ? WORD - 1 : 0);
+      const int place = inside ? after : 16 / (int)sizeof(scalar_t) + (REVERSED ? WORD - 1 : 0);
+      const float beside = beside_warp(scan, stage, place);
       Fours<1> dy_at, u_at, x_at, lam_at, h_at;
       Fours<3> raw_at;
       dy.get(dy_at, column), x.get(x_at, column), lam.get(lam_at, column), h.get(h_at, column), raw.get(raw_at, column);
@@ -214,7 +222,8 @@ template <bool REVERSED> __device__ __forceinline__ void scan_columns(Scan& scan
 }
 
 // Copies h of the line after a stage, and at every line of it the one after, beside the warp's positions.
-__device__ __forceinline__ void fetch_states(const Room& m, const Plane<1>& h, int stage, const Tile& k, bool vertical) {
+__device__ __forceinline__ void fetch_states(const Room& m, const Plane<1>& h, int stage, const Tile& k,
+                                             bool vertical) {
   char *const to = m.extra(stage) + NEXT + k.lane * 16, *const edge = m.extra(stage) + BESIDE + k.trails * 32;
   const int first = stage * COLUMNS, after = first + COLUMNS;
   const bool reversed = h.line < 0, there = after < k.total && k.first < k.positions;

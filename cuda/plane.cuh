@@ -2,10 +2,11 @@
 //
 // With one channel there is nothing to share between lanes: a lane copies, weighs and scans four positions by itself,
 // and only states pass between lanes, by shuffles, and between warps. A warp leaves the states at the ends of its
-// positions in shared memory, in another block of the cluster where the line is cut there, and tells so by a barrier that
-// the receiver alone waits for: nothing else synchronises. A stage is as many lines as a vector of 16 bytes of a row has
-// columns. A scan over rows copies four positions of every line; a scan over columns copies such a vector of every
-// position, so that both read whole pieces of rows. Rows are multiples of such a vector, columns multiples of four.
+// positions in shared memory, in another block of the cluster where the line is cut there, and tells so by a barrier
+// that the receiver alone waits for: nothing else synchronises. A stage is as many lines as a vector of 16 bytes of a
+// row has columns. A scan over rows copies four positions of every line; a scan over columns copies such a vector of
+// every position, so that both read whole pieces of rows. Rows are multiples of such a vector, columns multiples of
+// four.
 // Preamble: VEC = RUN = 4.
 #pragma once
 #include "weights.cuh"
@@ -20,30 +21,19 @@ struct Tiling {
   int64 normalize;
 };
 
-struct Tile {
-  int direction, slot, batch;
-  int lines, positions, begin, end, total;  // total: lines from begin to end
-  int lane, warp, rank, blocks;             // warp of the block, block of the cluster
-  int start, first;                         // first position of the warp and of the lane
-  bool leads, trails;                       // at the first and last place of its warp
+struct Tile : Stretch {
+  int total;             // lines from begin to end
+  int lane, warp, rank;  // warp of the block, block of the cluster
+  int start, first;      // first position of the warp and of the lane
+  bool leads, trails;    // at the first and last place of its warp
 };
 
 template <int CLUSTER> __device__ __forceinline__ Tile make_tile(const Tiling& t) {
   Tile k;
-  int64 index = blockIdx.x;
-  k.rank = (int)(index % CLUSTER), index /= CLUSTER;
-  const int chunk = (int)(index % t.chunks);
-  index /= t.chunks;
-  k.slot = (int)(index % t.directions);
-  k.batch = (int)(index / t.directions);
-  k.direction = ((unsigned)t.packed_directions >> (2 * k.slot)) & 3;
-  const bool vertical = k.direction == DOWN || k.direction == UP;
-  k.lines = (int)(vertical ? t.height : t.width);
-  k.positions = (int)(vertical ? t.width : t.height);
-  k.begin = (int)min((int64)chunk * t.chunk_size, (int64)k.lines);
-  k.end = (int)min((int64)k.begin + t.chunk_size, (int64)k.lines);
+  k.rank = (int)((int64)blockIdx.x % CLUSTER);
+  find_stretch(k, (int64)blockIdx.x / CLUSTER, t);
   k.total = k.end - k.begin;
-  k.lane = threadIdx.x % 32, k.warp = threadIdx.x / 32, k.blocks = CLUSTER;
+  k.lane = threadIdx.x % 32, k.warp = threadIdx.x / 32;
   k.leads = k.lane == 0, k.trails = k.lane == 31;
   k.start = (k.rank * (int)t.warps + k.warp) * 32 * RUN;
   k.first = k.start + k.lane * RUN;
@@ -52,7 +42,7 @@ template <int CLUSTER> __device__ __forceinline__ Tile make_tile(const Tiling& t
 
 // Where one tensor of COUNT elements a pixel lies, for a lane.
 template <int COUNT> struct Plane {
-  const scalar_t* from;  // this lane's first position at the first line of the chunk, or the column furthest left of a stage
+  const scalar_t* from;  // this lane's first position at the first line, or at the column furthest left of a stage
   int64 line, position;  // strides in elements
 
   // Steps go from the first line of the chunk to the last, or the other way round.
@@ -94,7 +84,8 @@ template <int VECTORS, int EXTRA = 0> struct PlaneMemory {
   }
   // Copies a stage of a tensor whose vectors start at `vector`.
   template <int COUNT>
-  __device__ __forceinline__ void fetch(const Plane<COUNT>& p, int vector, int stage, const Tile& k, bool vertical) const {
+  __device__ __forceinline__ void fetch(const Plane<COUNT>& p, int vector, int stage, const Tile& k,
+                                        bool vertical) const {
     if (vertical) {
 #pragma unroll
       for (int j = 0; j < COLUMNS; ++j) {

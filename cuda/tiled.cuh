@@ -40,9 +40,8 @@ struct Tiling {
 // Only the accelerator limits how many positions come at once; without it the boxes would have to be filled alike.
 __device__ __forceinline__ int boxes_of(const Tiling& t) { return ACCELERATOR ? (int)t.boxes : 1; }
 
-struct Tile {
-  int direction, slot, batch, slice, channel, group, rank;
-  int lines, positions, begin, end;
+struct Tile : Stretch {
+  int slice, channel, group, rank;
   int start, width, own;    // first position, nominal width (layout), positions that really exist
   int halo, extended;       // positions on either side, width + 2 halo
 };
@@ -51,18 +50,10 @@ template <int CLUSTER> __device__ __forceinline__ Tile make_tile(const Tiling& t
   Tile k;
   int64 index = blockIdx.x;
   k.rank = (int)(index % CLUSTER), index /= CLUSTER;
-  k.slice = (int)(index % t.slices), index /= t.slices;
-  const int chunk = (int)(index % t.chunks);
-  index /= t.chunks;
-  k.slot = (int)(index % t.directions);
-  k.batch = (int)(index / t.directions);
-  k.direction = ((unsigned)t.packed_directions >> (2 * k.slot)) & 3;
+  k.slice = (int)(index % t.slices);
+  find_stretch(k, index / t.slices, t);
   const bool vertical = k.direction == DOWN || k.direction == UP;
-  k.lines = (int)(vertical ? t.height : t.width);
-  k.positions = (int)(vertical ? t.width : t.height);
   k.width = (int)(vertical ? t.tile_vertical : t.tile_horizontal);
-  k.begin = (int)min((int64)chunk * t.chunk_size, (int64)k.lines);
-  k.end = (int)min((int64)k.begin + t.chunk_size, (int64)k.lines);
   k.channel = k.slice * (int)t.slice;
   k.group = k.channel / (int)(t.channels / t.groups);
   k.start = k.rank * k.width;

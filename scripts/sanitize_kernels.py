@@ -74,17 +74,22 @@ def run_tile(size: tuple[int, int], channels: int, tile: Tile) -> None:
 
 
 def run_plane(size: tuple[int, int], tile: PlaneTile) -> None:
-    """A forward launch of one channel, the directions outermost in memory."""
+    """A forward and a backward launch of one channel, the directions outermost in memory."""
     grid, d = (1, *size), len(DIRECTIONS)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
     limit = cupy_backend.shared_limit(torch.cuda.current_device())
-    plan = plane_plan(Problem(*grid, 1, 1, tuple(DIRECTIONS), 0, 2, False), tile, True, limit)
-    assert plan is not None, tile
-    weight, lam, u = (draw(d, *grid, *last).movedim(0, 3) for last in ((1, 3), (1,), (1,)))
-    scan_kernels.line_scan_forward(draw(*grid, 1), weight, lam, u, DIRECTIONS, 0, True, True, plan=plan)
+    problems = [Problem(*grid, 1, 1, tuple(DIRECTIONS), 0, 2, backward) for backward in (False, True)]
+    plans = [plane_plan(problem, tile, True, limit) for problem in problems]
+    assert None not in plans, tile
+    weight = draw(d, *grid, 1, 3).movedim(0, 3)
+    lam, u, dy = (draw(d, *grid, 1).movedim(0, 3) for _ in range(3))
+    x, options = draw(*grid, 1), (DIRECTIONS, 0, True)
+    _, state = scan_kernels.line_scan_forward(x, weight, lam, u, *options, True, plan=plans[0])
+    assert state is not None
+    scan_kernels.line_scan_backward(dy, x, weight, lam, u, state, *options, plan=plans[1])
 
 
 def main() -> None:

@@ -290,14 +290,18 @@ class Packed:
     def __init__(self, struct: array[int]) -> None:
         self.struct = struct
         self._addresses = array("Q", (struct.buffer_info()[0],))
-        self.arguments = self._addresses.buffer_info()[
-            0
-        ]  # where the driver finds the address of the argument
+        self.arguments, _ = self._addresses.buffer_info()  # where the driver finds the argument's address
+
+
+# Private, but the public call makes an object each time.
+_raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def current_stream(device: int) -> int:
     """The handle of torch's current stream on a device."""
-    return int(torch._C._cuda_getCurrentRawStream(device))  # the public call makes an object each time
+    if _raw_stream is not None:
+        return int(_raw_stream(device))
+    return int(torch.cuda.current_stream(device).cuda_stream)
 
 
 def starter(plan: Plan, dtype: torch.dtype, device: int) -> Callable[[Packed], None]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from gspn2_diffusion.ops import cupy_backend
 from gspn2_diffusion.ops.plane_plans import choose_plane_tile, fits_planes, plane_plan
@@ -31,6 +32,55 @@ class Setting(NamedTuple):
     directions: tuple[int, ...]
     chunk: int  # 0 for none
     normalize: bool
+
+
+Layout = tuple[torch.Size, Strides, torch.dtype, torch.device]
+
+
+class Call(NamedTuple):
+    """All that a forward launch depends on but the addresses, and all that can be wrong about its tensors."""
+
+    directions: tuple[int, ...]
+    chunk: int  # 0 for none
+    normalize: bool
+    alignment: int  # the addresses of x, lam and u modulo 16, combined by bitwise or
+    weight_alignment: int  # that of weight modulo 16
+    x: Layout
+    weight: Layout
+    lam: Layout
+    u: Layout | None
+
+    @property
+    def setting(self) -> Setting:
+        _, _, dtype, device = self.x
+        return Setting(dtype, device.index, self.directions, self.chunk, self.normalize)
+
+
+def describe(
+    x: Tensor,
+    weight: Tensor,
+    lam: Tensor,
+    u: Tensor | None,
+    directions: tuple[int, ...],
+    chunk: int,
+    normalize: bool,
+) -> Call:
+    """The record of a call, whose tensors have addresses."""
+    addresses, gate = x.data_ptr() | lam.data_ptr(), None
+    if u is not None:
+        addresses |= u.data_ptr()
+        gate = (u.shape, u.stride(), u.dtype, u.device)
+    return Call(
+        directions,
+        chunk,
+        normalize,
+        addresses % 16,
+        weight.data_ptr() % 16,
+        (x.shape, x.stride(), x.dtype, x.device),
+        (weight.shape, weight.stride(), weight.dtype, weight.device),
+        (lam.shape, lam.stride(), lam.dtype, lam.device),
+        gate,
+    )
 
 
 class Mapped(NamedTuple):
@@ -57,7 +107,7 @@ def choose_plan(
                                                                                forward on an H200
     =========  ==============================================================  ==============================
     tiled      vectors of 16 bytes fit a group's channels, strides, addresses  (no vector of channels)
-    plane      one channel, rows in one piece each                             3.5 ms
+    plane      one channel, rows in one piece each                             3.3 ms
     generic    anything else                                                   21.8 ms
     =========  ==============================================================  ==============================
 
@@ -129,6 +179,7 @@ class Launch:
         mapped: Sequence[Mapped] = (),
     ) -> None:
         self.plan = plan
+        self.setting = setting
         self.device = setting.device
         generic = plan.source in cupy_backend.GENERIC
         flags = (int(setting.normalize),) if generic else ()
@@ -197,29 +248,21 @@ def _gate_strides(u: Strides | None) -> Strides:
 
 
 @functools.lru_cache(maxsize=4096)
-def forward_launch(
-    shape: Strides,
-    groups: int,
-    setting: Setting,
-    x: Strides,
-    weight: Strides,
-    lam: Strides,
-    u: Strides | None,
-    y: Strides,
-    alignment: int,
-    plan: Plan | None,
-) -> Launch:
+def forward_launch(call: Call, plan: Plan | None = None) -> Launch:
     """The launch of a forward kernel, which takes the addresses of ``x, weight, lam, u, y, state``.
 
     Args:
-        shape: of ``x``.
-        x, weight, lam, u, y: strides; the states have those of ``y``.
-        alignment: the addresses of ``x``, ``lam`` and ``u``, of one channel also of ``weight``, modulo 16,
-            combined by bitwise or.
+        call: whose tensors' last dimensions have stride 1 or size 1. ``y`` and the states are laid out as
+            ``torch.empty_like(lam)``.
         plan: instead of the one that is chosen.
     """
-    read = [each[:-1] for each in (x, lam, u) if each is not None]
-    plan = plan or choose_plan(shape, groups, setting, False, read, (weight,), alignment)
+    setting, (shape, x, *_), (weight_shape, weight, *_), (_, lam, *_) = call.setting, *call[5:8]
+    u = None if call.u is None else call.u[1]
+    y = torch.empty_like(torch.empty_strided(*call.lam[:2], device="meta")).stride()
+    if plan is None:
+        read = [each[:-1] for each in (x, lam, u) if each is not None]
+        alignment = call.alignment | (call.weight_alignment if shape[3] == 1 else 0)
+        plan = choose_plan(shape, weight_shape[4], setting, False, read, (weight,), alignment)
     strides = (*x[:3], *weight[:5], *lam[:4], *_gate_strides(u), *y[:4])
     mapped = (
         Mapped(0, HALO, x[:3]),

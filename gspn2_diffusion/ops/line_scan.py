@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gspn2_diffusion.ops import cupy_backend, scan_kernels
-from gspn2_diffusion.ops.launches import Launch
+from gspn2_diffusion.ops.launches import Call, Launch, describe
 from gspn2_diffusion.ops.reference import line_scan_reference
 from gspn2_diffusion.ops.torch_library import LineScan, line_scan_forward
 
@@ -75,71 +76,71 @@ def line_scan(
         ValueError: shapes, devices or options do not fit together.
         RuntimeError: ``backend="cupy"`` cannot run here.
     """
-    key = None
-    if not torch.compiler.is_compiling() and backend != "reference":
-        key = _key(x, weight, lam, u, directions, chunk_size, normalize, backend)
-        if key is not None and (launch := _kept.get(key)) is not None:
-            return scan_kernels.repeat_forward(launch, x, weight, lam, u)
     if torch.is_autocast_enabled(device_type := _check_tensors(x, weight, lam, u)):
         x, weight, lam, u = _cast(device_type, x, weight, lam, u)
+    if not torch.compiler.is_compiling() and backend != "reference":
+        call = _describe(x, weight, lam, u, directions, chunk_size, normalize)
+        if call is not None and type(backend) is str and (launch := _kept.get((backend, call))) is not None:
+            return _run(launch, x, weight, lam, u)
     codes = _check(x, weight, lam, u, directions, chunk_size, backend)
     if _choose_backend(backend, x) == "reference":
         return line_scan_reference(x, weight, lam, u, directions, chunk_size, normalize)
-    save_state = torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or lam.requires_grad or (u is not None and u.requires_grad)
-    )
-    arguments = (x, weight, lam, u, codes, chunk_size or 0, normalize)
-    if torch.compiler.is_compiling() or type(x) not in _EAGER_TYPES:  # traced, faked or wrapped
-        return line_scan_forward(*arguments, save_state)[0]
-    if save_state:
-        return LineScan.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
-    y = scan_kernels.line_scan_forward(*arguments, False)[0]
-    if key is not None and (launch := scan_kernels.kept_forward(*arguments)) is not None:
-        if len(_kept) >= _MOST_KEPT:
-            _kept.clear()
-        _kept[key] = launch
-    return y
+    chunk, normalize = chunk_size or 0, bool(normalize)
+    if torch.compiler.is_compiling() or type(x) not in _EAGER_TYPES or x.numel() == 0:
+        save_state = _needs_gradient(x, weight, lam, u)  # traced, faked, wrapped, or nothing to do
+        return line_scan_forward(x, weight, lam, u, codes, chunk, normalize, save_state)[0]
+    x, weight, lam = (scan_kernels.unit_last_stride(t) for t in (x, weight, lam))
+    u = None if u is None else scan_kernels.unit_last_stride(u)
+    call = describe(x, weight, lam, u, tuple(codes), chunk, normalize)
+    if len(_kept) >= _MOST_KEPT:
+        _kept.clear()
+    _kept[backend, call] = launch = scan_kernels.kept_launch(call)
+    return _run(launch, x, weight, lam, u)
 
 
-# Launches of calls without gradients, by all that such a call depends on but the addresses: what was found
-# right once is looked up instead of checked.
-_kept: dict[tuple[Any, ...], Launch] = {}
+# Launches by backend and all that a call depends on but the addresses: what was found right once is looked up
+# instead of checked. By backend, since "auto" has to say what it chose.
+_kept: dict[tuple[str, Call], Launch] = {}
 _MOST_KEPT = 4096
+_CODES = {
+    names: tuple(map(DIRECTIONS.index, names))
+    for count in range(1, len(DIRECTIONS) + 1)
+    for names in itertools.permutations(DIRECTIONS, count)
+}
 
 
-def _key(x: Any, weight: Any, lam: Any, u: Any, *options: Any) -> tuple[Any, ...] | None:
+def _describe(
+    x: Tensor, weight: Tensor, lam: Tensor, u: Tensor | None, directions: Any, chunk_size: Any, normalize: Any
+) -> Call | None:
     """What `_kept` knows a call by, or None for one that is none of its business or to be found wrong."""
-    directions, chunk_size, normalize, _ = options
-    gate = lam if u is None else u
     if not (
         type(x) in _EAGER_TYPES
         and type(weight) in _EAGER_TYPES
         and type(lam) in _EAGER_TYPES
-        and type(gate) in _EAGER_TYPES
+        and (u is None or type(u) in _EAGER_TYPES)
         and type(directions) is tuple
-        and (chunk_size is None or type(chunk_size) is int)
+        and (chunk_size is None or (type(chunk_size) is int and chunk_size > 0))
         and type(normalize) is bool
         and x.is_cuda
-        and not torch.is_autocast_enabled("cuda")
     ):
         return None
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or lam.requires_grad or gate.requires_grad
-    ):
-        return None
-    alignment = (x.data_ptr() | lam.data_ptr() | gate.data_ptr()) % 16
-    key = (
-        *(options, u is None, alignment, weight.data_ptr() % 16),
-        *(x.shape, x.stride(), x.dtype, x.device),
-        *(weight.shape, weight.stride(), weight.dtype, weight.device),
-        *(lam.shape, lam.stride(), lam.dtype, lam.device),
-        *(gate.shape, gate.stride(), gate.dtype, gate.device),
-    )
     try:
-        hash(key)
+        codes = _CODES.get(directions)
     except TypeError:  # names of directions that are no names
         return None
-    return key
+    return None if codes is None else describe(x, weight, lam, u, codes, chunk_size or 0, normalize)
+
+
+def _needs_gradient(x: Tensor, weight: Tensor, lam: Tensor, u: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or lam.requires_grad or (u is not None and u.requires_grad)
+    )
+
+
+def _run(launch: Launch, x: Tensor, weight: Tensor, lam: Tensor, u: Tensor | None) -> Tensor:
+    if _needs_gradient(x, weight, lam, u):
+        return LineScan.apply(launch, x, weight, lam, u)  # type: ignore[no-any-return,no-untyped-call]
+    return scan_kernels.run_forward(launch, x, weight, lam, u, False)[0]
 
 
 def _choose_backend(backend: str, x: Tensor) -> str:
@@ -189,9 +190,15 @@ def _announce(choice: str, why: str) -> None:
 
 def _check_tensors(x: Tensor, weight: Tensor, lam: Tensor, u: Tensor | None) -> str:
     """The type of the device of ``x``, once all are found to be tensors."""
-    for name, tensor in (("x", x), ("weight", weight), ("lam", lam), ("u", u)):
-        if not isinstance(tensor, Tensor) and not (name == "u" and tensor is None):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if not (
+        isinstance(x, Tensor)
+        and isinstance(weight, Tensor)
+        and isinstance(lam, Tensor)
+        and (u is None or isinstance(u, Tensor))
+    ):
+        for name, tensor in (("x", x), ("weight", weight), ("lam", lam), ("u", u)):
+            if not isinstance(tensor, Tensor) and not (name == "u" and tensor is None):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     return x.device.type
 
 
@@ -221,35 +228,18 @@ def _check(
         raise ValueError(f"chunk_size must be None or an integer >= 1, got {chunk_size!r}")
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    gate = x if u is None else u  # what is not there is as the rest
-    shapes = (x.shape, weight.shape, lam.shape, None if u is None else u.shape)
-    devices = (x.device, weight.device, lam.device, gate.device)
-    dtypes = (x.dtype, weight.dtype, lam.dtype, gate.dtype)
-    # Sizes may be symbols while tracing, which no cache can hold.
-    check = _check_once.__wrapped__ if torch.compiler.is_compiling() else _check_once
-    return list(check(shapes, devices, dtypes, tuple(directions)))
-
-
-@functools.lru_cache(maxsize=4096)
-def _check_once(
-    shapes: tuple[torch.Size, torch.Size, torch.Size, torch.Size | None],
-    devices: tuple[torch.device, ...],
-    dtypes: tuple[torch.dtype, ...],
-    directions: tuple[str, ...],
-) -> tuple[int, ...]:
-    """What a call of the same shapes need not check again; an error is raised every time."""
     _check_directions(directions)
-    _check_shapes(*shapes, len(directions))
-    if dtypes[0] not in _REFERENCE_DTYPES:
+    _check_shapes(x.shape, weight.shape, lam.shape, None if u is None else u.shape, len(directions))
+    if x.dtype not in _REFERENCE_DTYPES:
         raise TypeError(
-            f"x has dtype {dtypes[0]}; supported are float32, bfloat16, float16 (and float64, reference)"
+            f"x has dtype {x.dtype}; supported are float32, bfloat16, float16 (and float64, reference)"
         )
-    for name, device, dtype in zip(("weight", "lam", "u"), devices[1:], dtypes[1:], strict=True):
-        if device != devices[0]:
-            raise ValueError(f"{name} is on {device}, but x is on {devices[0]}; use one device")
-        if dtype != dtypes[0]:
-            raise TypeError(f"{name} has dtype {dtype}, but x has {dtypes[0]}; use one dtype")
-    return tuple(DIRECTIONS.index(name) for name in directions)
+    for name, tensor in (("weight", weight), ("lam", lam), ("u", x if u is None else u)):
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}; use one device")
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}, but x has {x.dtype}; use one dtype")
+    return [DIRECTIONS.index(name) for name in directions]
 
 
 def _check_directions(directions: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Launches of the plane kernel: scans of one channel whose rows lie in one piece. See ``cuda/plane.cuh``."""
+"""Launches of the plane kernels: scans of one channel whose rows lie in one piece. See ``cuda/plane.cuh``."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from gspn2_diffusion.ops.plans import Plan, Problem, ceil_div, check_grid
 RUN = 4  # positions of a lane, elements of its vectors
 STAGES = 2  # as in cuda/plane.cuh
 SPAN = 32 * RUN  # positions of a warp
-# Warps of a block, as KERNEL_THREADS of the kernels; and so many of which more than one block fits a multiprocessor.
-MAX_WARPS = {False: 9, True: 6}
-FEW_WARPS = {False: 4, True: 3}
+MAX_WARPS = {False: 9, True: 6}  # of a block, by whether backward: KERNEL_THREADS of the kernels
+FEW_WARPS = {False: 4, True: 3}  # of a block of which two fit a multiprocessor of an H200
 CLUSTERS = (1, 2, 4, 8)
 
 
@@ -33,7 +32,7 @@ def shared_bytes(warps: int, backward: bool) -> int:
 def fits_planes(
     problem: Problem, strides: Sequence[tuple[int, ...]], weight: tuple[int, ...], alignment: int
 ) -> bool:
-    """Whether the plane kernel takes a problem and its layouts.
+    """Whether the plane kernels take a problem and its layouts.
 
     Args:
         strides: of each tensor but the weights, of all dimensions but the last.
@@ -66,10 +65,10 @@ def plane_tiles(problem: Problem, clusters: Sequence[int] = CLUSTERS) -> list[Pl
 def choose_plane_tile(
     problem: Problem, clusters: Sequence[int], shared_limit: int, processors: int
 ) -> PlaneTile | None:
-    """The fewest blocks that hold a line, of up to four warps if there are such; None where none can.
+    """The fewest blocks that hold a line, of up to `FEW_WARPS` warps if there are such; None where none can.
 
-    Two blocks of four warps fit a multiprocessor of an H200, one of five to nine does: at 64 x 1024 x 1024
-    one, two, four and eight blocks for a line took 4.1, 3.5, 5.0 and 7.2 ms.
+    With more warps one block fits a multiprocessor of an H200. Forward at 64 x 1024 x 1024, one, two, four
+    and eight blocks for a line took 4.1, 3.5, 5.0 and 7.2 ms; backward was not measured.
     """
     fitting = []
     for tile in plane_tiles(problem, [n for n in clusters if n in CLUSTERS]):

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from gspn2_diffusion.ops import cupy_backend
-from gspn2_diffusion.ops.launches import Launch, Setting, backward_launch, finish_launch, forward_launch
+from gspn2_diffusion.ops.launches import (
+    Call,
+    Launch,
+    Setting,
+    backward_launch,
+    describe,
+    finish_launch,
+    forward_launch,
+)
 from gspn2_diffusion.ops.plans import Plan
 
 
@@ -44,78 +52,43 @@ def line_scan_forward(
         ``y (B, H, W, D, C)`` with its dimensions in memory in the order of those of ``lam``, and the hidden
         states laid out alike or None if none are kept apart from ``y``.
     """
-    index = x.device.index
-    if torch.cuda.current_device() != index:
-        with torch.cuda.device(index):
-            return line_scan_forward(x, weight, lam, u, directions, chunk_size, normalize, save_state, plan)
     x, weight, lam = unit_last_stride(x), unit_last_stride(weight), unit_last_stride(lam)
     u = None if u is None else unit_last_stride(u)
-    y = torch.empty_like(lam)
-    state = torch.empty_like(y) if save_state and u is not None else None
-    if y.numel() == 0:
-        return y, state
-    cupy_backend.bind(index)
-    launch = _launch_of(x, weight, lam, u, y, directions, chunk_size, normalize, plan)
-    launch(x.data_ptr(), weight.data_ptr(), lam.data_ptr(), _pointer(u), y.data_ptr(), _pointer(state))
-    return y, state
-
-
-def _launch_of(
-    x: Tensor,
-    weight: Tensor,
-    lam: Tensor,
-    u: Tensor | None,
-    y: Tensor,
-    directions: Sequence[int],
-    chunk_size: int,
-    normalize: bool,
-    plan: Plan | None,
-) -> Launch:
-    addresses = x.data_ptr() | lam.data_ptr() | _pointer(u) | (weight.data_ptr() if x.shape[3] == 1 else 0)
-    return forward_launch(
-        x.shape,
-        weight.shape[4],
-        Setting(x.dtype, x.device.index, tuple(directions), chunk_size, normalize),
-        x.stride(),
-        weight.stride(),
-        lam.stride(),
-        None if u is None else u.stride(),
-        y.stride(),
-        addresses % 16,
-        plan,
-    )
-
-
-def kept_forward(
-    x: Tensor,
-    weight: Tensor,
-    lam: Tensor,
-    u: Tensor | None,
-    directions: Sequence[int],
-    chunk_size: int,
-    normalize: bool,
-) -> Launch | None:
-    """The launch for :func:`repeat_forward`, or None where a tensor has to be copied."""
-    tensors = (x, weight, lam) if u is None else (x, weight, lam, u)
-    if x.numel() == 0 or any(unit_last_stride(t) is not t for t in tensors):
-        return None
-    with torch.cuda.device(x.device):
-        cupy_backend.bind(x.device.index)
+    if x.numel() == 0:
         y = torch.empty_like(lam)
-        return _launch_of(x, weight, lam, u, y, directions, chunk_size, normalize, None)
+        return y, torch.empty_like(y) if save_state and u is not None else None
+    call = describe(x, weight, lam, u, tuple(directions), chunk_size, normalize)
+    return run_forward(kept_launch(call, plan), x, weight, lam, u, save_state)
 
 
-def repeat_forward(launch: Launch, x: Tensor, weight: Tensor, lam: Tensor, u: Tensor | None) -> Tensor:
-    """``y`` for tensors of the shapes, strides, dtype, device and alignment that a launch was made for."""
+def kept_launch(call: Call, plan: Plan | None = None) -> Launch:
+    """What :func:`run_forward` takes; made once for every call and plan."""
+    index = call.setting.device
+    if torch.cuda.current_device() != index:
+        with torch.cuda.device(index):
+            return kept_launch(call, plan)
+    cupy_backend.bind(index)
+    return forward_launch(call, plan)
+
+
+def run_forward(
+    launch: Launch, x: Tensor, weight: Tensor, lam: Tensor, u: Tensor | None, save_state: bool
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`line_scan_forward` of tensors of which :func:`describe` tells what the launch was made for."""
     index = launch.device
     if torch.cuda.current_device() != index:
         with torch.cuda.device(index):
-            return repeat_forward(launch, x, weight, lam, u)
-    y = torch.empty_like(lam)
+            return run_forward(launch, x, weight, lam, u, save_state)
+    y, state = torch.empty_like(lam), None
+    at_u = at_state = 0
+    if u is not None:
+        at_u = u.data_ptr()
+        if save_state:
+            state = torch.empty_like(y)
+            at_state = state.data_ptr()
     cupy_backend.bind(index)
-    at_u = 0 if u is None else u.data_ptr()
-    launch(x.data_ptr(), weight.data_ptr(), lam.data_ptr(), at_u, y.data_ptr(), 0)
-    return y
+    launch(x.data_ptr(), weight.data_ptr(), lam.data_ptr(), at_u, y.data_ptr(), at_state)
+    return y, state
 
 
 def line_scan_backward(

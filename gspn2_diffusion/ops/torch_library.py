@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gspn2_diffusion.ops import scan_kernels
+from gspn2_diffusion.ops.launches import Launch
 
 _NAMESPACE = "gspn2_diffusion"
 _INPUTS = "Tensor x, Tensor weight, Tensor lam, Tensor? u"
@@ -19,13 +20,13 @@ _SCAN = "int[] directions, int chunk_size, bool normalize"
 
 
 class LineScan(torch.autograd.Function):
-    """``apply(x, weight, lam, u, directions, chunk_size, normalize)`` returns ``y``; differentiable once."""
+    """``apply(launch, x, weight, lam, u)`` returns ``y``; differentiable once."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, weight, lam, u, directions, chunk_size, normalize = inputs
-        ctx.options = (directions, chunk_size, normalize)
-        y, state = scan_kernels.line_scan_forward(x, weight, lam, u, directions, chunk_size, normalize, True)
+    def forward(ctx: Any, launch: Launch, *inputs: Any) -> Tensor:
+        x, weight, lam, u = inputs
+        ctx.setting = launch.setting
+        y, state = scan_kernels.run_forward(launch, x, weight, lam, u, True)
         ctx.save_for_backward(x, weight, lam, u, y if u is None else state)  # without u, y is the state
         return y
 
@@ -33,11 +34,11 @@ class LineScan(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lam, u, state = ctx.saved_tensors
-        directions, chunk_size, normalize = ctx.options
-        grads = scan_kernels.line_scan_backward(
-            dy, x, weight, lam, u, state, directions, chunk_size, normalize, ctx.needs_input_grad[:4]
+        _, _, directions, chunk, normalize = ctx.setting
+        wanted = ctx.needs_input_grad[1:]
+        return None, *scan_kernels.line_scan_backward(
+            dy, x, weight, lam, u, state, directions, chunk, normalize, wanted
         )
-        return *grads, None, None, None
 
 
 @torch.library.custom_op(

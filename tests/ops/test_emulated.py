@@ -12,6 +12,7 @@ from scan_cases import BACKWARD_TOLERANCE, FORWARD_TOLERANCE, ground_truth, make
 from torch import Tensor
 
 from gspn2_diffusion.ops import cupy_backend, scan_kernels
+from gspn2_diffusion.ops.launches import describe
 from gspn2_diffusion.ops.line_scan import line_scan
 from gspn2_diffusion.ops.plane_plans import PlaneTile, fits_planes, plane_plan
 from gspn2_diffusion.ops.plans import Problem, generic_plan
@@ -97,6 +98,43 @@ def test_gradients_of_one_channel(size, tile, chunk, dtype, kind):
             assert relative_error(got, want[name]) <= BACKWARD_TOLERANCE[dtype], name
 
 
+def test_gradients_of_one_channel_by_default(monkeypatch):
+    """Views of wider tensors, weights that the batch shares, directions in another order, some gradients."""
+    inputs = make_inputs(2, 20, 24, 1, directions=3, dtype=torch.bfloat16)
+    apart = {n: t.detach() if n == "x" else rows_in_one_piece(t.detach()) for n, t in inputs.items()}
+    x, weight, lam, u = (t[:, :16, 8:24] for t in apart.values())
+    weight = weight[:1].expand_as(weight)
+    dy, state = (rows_in_one_piece(torch.randn_like(lam, dtype=torch.float32).bfloat16()) for _ in range(2))
+    sources = note_sources(monkeypatch)
+    options = ((2, 0, 3), 0, True)
+    exact = line_scan(
+        x.double(), weight.double(), lam.double(), directions=("right", "down", "left"), backend="reference"
+    )
+    state.copy_(exact)
+    grads = scan_kernels.line_scan_backward(dy, x, weight, lam, u, state, *options)
+    assert sources == ["line_scan_backward_plane", "line_scan_finish"]
+    tensors = {"x": x, "weight": weight, "lam": lam, "u": u}
+    want = ground_truth(tensors, dy, directions=("right", "down", "left"))
+    for name, got in zip(tensors, grads, strict=True):
+        assert relative_error(got, want[f"d{name}"]) <= BACKWARD_TOLERANCE[torch.bfloat16], name
+    for wanted in ((True, False, False, True), (False, True, True, False)):
+        some = scan_kernels.line_scan_backward(dy, x, weight, lam, u, state, *options, wanted)
+        for full, got, want_it in zip(grads, some, wanted, strict=True):
+            assert torch.equal(got, full) if want_it else got is None
+
+
+def note_sources(monkeypatch) -> list[str]:
+    """The kernels that will be made ready, in order."""
+    sources, start = [], cupy_backend.starter
+
+    def noted(plan, *of):
+        sources.append(plan.source)
+        return start(plan, *of)
+
+    monkeypatch.setattr(cupy_backend, "starter", noted)
+    return sources
+
+
 def rows_in_one_piece(t: Tensor) -> Tensor:
     """The same values with the directions outermost."""
     return t.movedim(3, 0).contiguous().movedim(0, 3)
@@ -110,13 +148,7 @@ def test_one_channel_by_default(monkeypatch, shift):
     weight = inputs["weight"]
     moved = torch.empty(weight.numel() + shift, dtype=weight.dtype)[shift:]
     inputs["weight"] = moved.as_strided(weight.shape, weight.stride()).copy_(weight)
-    sources, start = [], cupy_backend.starter
-
-    def noted(plan, *of):
-        sources.append(plan.source)
-        return start(plan, *of)
-
-    monkeypatch.setattr(cupy_backend, "starter", noted)
+    sources = note_sources(monkeypatch)
     y, state = scan_kernels.line_scan_forward(*inputs.values(), (0, 1, 2, 3), 0, True, True)
     assert sources == ["line_scan_forward" if shift else "line_scan_forward_plane"]
     assert state is not None
@@ -190,7 +222,8 @@ def test_backward(size, channels, groups, vec, chunk, dtype, kind):
 def test_gradients_through_autograd(with_u):
     """The function of eager calls, with the plan that is chosen and directions in another order."""
     inputs = make_inputs(2, 5, 6, 6, 2, with_u=with_u)
-    y = LineScan.apply(*inputs.values(), [2, 0, 3, 1], 0, True)
+    launch = scan_kernels.kept_launch(describe(*inputs.values(), (2, 0, 3, 1), 0, True))
+    y = LineScan.apply(launch, *inputs.values())
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     leaves = {name: t for name, t in inputs.items() if t is not None}
     grads = torch.autograd.grad(y, list(leaves.values()), dy)

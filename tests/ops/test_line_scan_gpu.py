@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scan_cases import ARGUMENTS, SHAPES, SUBSETS, assert_matches, make_inputs, run
+from scan_cases import (
+    ARGUMENTS,
+    BACKWARD_TOLERANCE,
+    FORWARD_TOLERANCE,
+    SHAPES,
+    SUBSETS,
+    assert_matches,
+    ground_truth,
+    make_inputs,
+    relative_error,
+    run,
+)
 
 from gspn2_diffusion import line_scan
 from gspn2_diffusion.ops import cupy_backend, torch_library
@@ -296,3 +307,30 @@ def test_calls_that_are_known_already():
     with pytest.raises(TypeError, match=r"u has dtype torch\.bfloat16"):
         line_scan(**{**plain, "u": plain["u"].bfloat16()})
     assert line_scan(**{**plain, "x": plain["x"].requires_grad_()}).requires_grad
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_training_calls_that_are_known_already(autocast):
+    """They use the launches of inference, also with tensors that were cast or copied."""
+    from gspn2_diffusion.ops.line_scan import _kept
+
+    dtype = torch.bfloat16 if autocast else torch.float32
+    inputs = make_inputs(2, 9, 12, 16, device="cuda")
+    spread = torch.stack((inputs["u"].detach(),) * 2, dim=-1)[..., 0].requires_grad_()  # of stride 2
+    inputs["u"] = spread
+    dy = torch.randn(spread.shape, device="cuda").to(dtype)
+    _kept.clear()
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
+        got = [run(inputs, dy, backend="cupy") for _ in range(3)]
+        with torch.no_grad():
+            y = line_scan(**inputs, backend="cupy")
+    assert len(_kept) == 1
+    assert torch.equal(y, got[0]["y"])
+    assert y.dtype == dtype
+    for name, first in got[0].items():
+        assert first.dtype == (dtype if name == "y" else torch.float32)
+        assert all(torch.equal(first, other[name]) for other in got[1:]), name
+    want = ground_truth({name: t.to(dtype) for name, t in inputs.items()}, dy)
+    for name, value in got[0].items():
+        tolerance = (FORWARD_TOLERANCE if name == "y" else BACKWARD_TOLERANCE)[dtype]
+        assert relative_error(value, want[name]) <= tolerance, name
