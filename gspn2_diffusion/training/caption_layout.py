@@ -28,7 +28,7 @@ _RATE = 1e-3
 _WARMUP = 20
 _POOL = 65536  # captions that are encoded, once
 _ENCODED = 2048  # at a time
-_JUDGED = 2048
+_JUDGED = 512
 _NEAR = 0.4  # neighbours in a row of two stand 1 apart, of three 2/3
 
 
