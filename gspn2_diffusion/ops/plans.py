@@ -266,15 +266,20 @@ def tiled_shared_bytes(problem: Problem, tile: Tile, width: int, boxes: int, con
 
 
 # Which tile: the one with the lowest estimated time. Nanoseconds for one line of one wave of blocks, for each
-# of the terms of `cost_terms`, fitted to tiles measured on an H200 in bfloat16. Of 6,800 tiles of 22 shapes
-# measured since, the chosen one takes 3% (forward) and 6% (backward) longer than the best that was tried on
-# average, at worst 23% and 47%. benchmarks/tiles.py measures and fits again.
+# of the terms of `cost_terms`, fitted to tiles of 22 shapes measured on an H200 in bfloat16. Clusters of 3, 5
+# and 7 were measured beside other work where the pass is backward and there are 512 lines or more, which made
+# them slower than they are. benchmarks/tiles.py measures and fits again.
 _COST = {
     False: (65.0, 217.0, 560.0, 104.0, 157.0, 12.8, 43.0),
-    True: (288.0, 125.0, 900.0, 245.0, 331.0, 18.6, 299.0),
+    True: (297.0, 337.0, 895.0, 84.0, 86.3, 28.4, 309.0),
 }
 # Clusters of a size that are active at once, as a share of the multiprocessors: larger ones leave some idle.
+# Those of 3, 5 and 7 were fitted by the choices that they lead to.
 _ACTIVE = {1: 1.0, 2: 0.5, 3: 0.28, 4: 0.235, 5: 0.17, 7: 0.1, 8: 0.107, 16: 0.054}
+_POWERS = (1, 2, 4, 8, 16)
+# Backward, clusters of 3 take longer than estimated where their blocks are wide: (1, 512, 512, 144) 1.7 to
+# 1.9 ms where clusters of 2, estimated to be slower, take 1.45. Up to 88 positions they were the fastest.
+_MOST_OF_THREE = 128
 
 
 def tiles(problem: Problem, clusters: Sequence[int] = (1, 2, 3, 4, 5, 7, 8, 16)) -> Iterator[Tile]:
@@ -303,7 +308,8 @@ def cost_terms(problem: Problem, plan: Plan, shared_limit: int, processors: int)
         65536 // (registers * plan.threads),
     )
     blocks = max(1, blocks)
-    active = max(1, int(_ACTIVE[tile.cluster] * processors)) * blocks
+    # Clusters of 3, 5 and 7 were not seen to share multiprocessors with others.
+    active = max(1, int(_ACTIVE[tile.cluster] * processors)) * (blocks if tile.cluster in _POWERS else 1)
     times = ceil_div(plan.grid // tile.cluster, active) * problem.chunk_lines
     together = times * min(blocks, ceil_div(plan.grid, processors))
     width = max(plan.widths)
@@ -322,7 +328,10 @@ def cost_terms(problem: Problem, plan: Plan, shared_limit: int, processors: int)
 
 
 def estimate(problem: Problem, plan: Plan, shared_limit: int, processors: int) -> float:
-    """Estimated nanoseconds of a tiled launch."""
+    """Estimated nanoseconds of a tiled launch; infinite for one that is known to be poor."""
+    assert plan.tile is not None
+    if problem.backward and plan.tile.cluster == 3 and max(plan.widths) > _MOST_OF_THREE:
+        return math.inf
     terms = cost_terms(problem, plan, shared_limit, processors)
     return sum(c * t for c, t in zip(_COST[problem.backward], terms, strict=True))
 

@@ -80,6 +80,18 @@ def test_the_chosen_tile_is_the_cheapest(problem):
     assert times[chosen] == min(times.values()) > 0
 
 
+def test_wide_clusters_of_three_are_for_the_forward_pass():
+    problem = dataclasses.replace(PROBLEM, batch=1, height=512, width=512, channels=144)
+    wide = Tile(8, 1, 16, 3, 8, 1)
+    for backward in (False, True):
+        either = dataclasses.replace(problem, backward=backward)
+        plan = tiled_plan(either, wide, True, LIMIT)
+        assert plan is not None
+        assert math.isfinite(estimate(either, plan, LIMIT, PROCESSORS)) != backward
+    chosen = choose_tile(dataclasses.replace(problem, backward=True), (3,), LIMIT, PROCESSORS)
+    assert chosen is None
+
+
 def test_clusters_only_where_the_gpu_has_them():
     problem = dataclasses.replace(PROBLEM, height=256, width=256)
     with_clusters = choose_tile(problem, CLUSTERS, LIMIT, PROCESSORS)
