@@ -76,12 +76,16 @@ def line_scan(
         ValueError: shapes, devices or options do not fit together.
         RuntimeError: ``backend="cupy"`` cannot run here.
     """
-    if torch.is_autocast_enabled(device_type := _check_tensors(x, weight, lam, u)):
+    eager = not torch.compiler.is_compiling() and backend != "reference"
+    launch = None
+    if eager and not torch.is_autocast_enabled("cuda"):
+        launch = _known(x, weight, lam, u, directions, chunk_size, normalize, backend)
+    if launch is None and torch.is_autocast_enabled(device_type := _check_tensors(x, weight, lam, u)):
         x, weight, lam, u = _cast(device_type, x, weight, lam, u)
-    if not torch.compiler.is_compiling() and backend != "reference":
-        call = _describe(x, weight, lam, u, directions, chunk_size, normalize)
-        if call is not None and type(backend) is str and (launch := _kept.get((backend, call))) is not None:
-            return _run(launch, x, weight, lam, u)
+        if eager:
+            launch = _known(x, weight, lam, u, directions, chunk_size, normalize, backend)
+    if launch is not None:
+        return _run(launch, x, weight, lam, u)
     codes = _check(x, weight, lam, u, directions, chunk_size, backend)
     if _choose_backend(backend, x) == "reference":
         return line_scan_reference(x, weight, lam, u, directions, chunk_size, normalize)
@@ -109,10 +113,17 @@ _CODES = {
 }
 
 
-def _describe(
-    x: Tensor, weight: Tensor, lam: Tensor, u: Tensor | None, directions: Any, chunk_size: Any, normalize: Any
-) -> Call | None:
-    """What `_kept` knows a call by, or None for one that is none of its business or to be found wrong."""
+def _known(
+    x: Tensor,
+    weight: Tensor,
+    lam: Tensor,
+    u: Tensor | None,
+    directions: Any,
+    chunk_size: Any,
+    normalize: Any,
+    backend: Any,
+) -> Launch | None:
+    """What is kept for a call, or None for one that is new, none of its business or to be found wrong."""
     if not (
         type(x) in _EAGER_TYPES
         and type(weight) in _EAGER_TYPES
@@ -121,6 +132,7 @@ def _describe(
         and type(directions) is tuple
         and (chunk_size is None or (type(chunk_size) is int and chunk_size > 0))
         and type(normalize) is bool
+        and type(backend) is str
         and x.is_cuda
     ):
         return None
@@ -128,7 +140,9 @@ def _describe(
         codes = _CODES.get(directions)
     except TypeError:  # names of directions that are no names
         return None
-    return None if codes is None else describe(x, weight, lam, u, codes, chunk_size or 0, normalize)
+    if codes is None:
+        return None
+    return _kept.get((backend, describe(x, weight, lam, u, codes, chunk_size or 0, normalize)))
 
 
 def _needs_gradient(x: Tensor, weight: Tensor, lam: Tensor, u: Tensor | None) -> bool:
