@@ -179,6 +179,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--processes", type=int, help="1 or 2; as many as there are GPUs by default")
     parser.add_argument("--out", type=Path, help="instead of benchmarks/results/batch_throughput-<gpu>.json")
+    parser.add_argument("--commit", help="commit to record where there is no git history")
     parser.add_argument("--bare", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.bare:
@@ -190,6 +191,8 @@ def main() -> None:
 
     gpus = options.processes or max(1, min(2, torch.cuda.device_count()))
     found: dict[str, Any] = {**describe_environment(), "cores": os.cpu_count()}
+    if options.commit:
+        found["commit"] = options.commit
     settings = ("model", "pictures", "steps", "batch_size", "device", "repeats")
     found["settings"] = {name: getattr(options, name) for name in settings}
     name = str(found["gpu"]).replace(" ", "-") if found["gpu"] != "none" else "cpu"
