@@ -46,3 +46,11 @@ def as_sentences(what: str) -> Iterator[None]:
     except Exception as error:
         logger.exception("%s failed", what)
         raise AppError(UNEXPECTED) from error
+
+
+def gone_away(request: Any, error: Exception) -> Any:
+    """Nobody reads this answer: a visitor left while sending a picture, which is no failure of the server."""
+    from starlette.responses import Response
+
+    logger.info("a visitor left during %s", request.url.path)
+    return Response(status_code=400)

@@ -91,6 +91,9 @@ def _build(engine: Engine, options: ServerOptions) -> Page:
 
 
 def _serve(page: Page, options: ServerOptions) -> None:
+    from starlette.requests import ClientDisconnect
+
+    from gspn2_diffusion.webapp.errors import gone_away
     from gspn2_diffusion.webapp.style import CSS, HEAD, chip_css
 
     # Every waiting visitor holds a Gradio job; the engine's line is the one that says "full".
@@ -109,6 +112,7 @@ def _serve(page: Page, options: ServerOptions) -> None:
         ssr_mode=False,
         mcp_server=False,
         enable_monitoring=False,
+        app_kwargs={"exception_handlers": {ClientDisconnect: gone_away}},
         num_workers=0,  # else it listens on a second port
         footer_links=["api", "settings"],
         theme=_theme(),

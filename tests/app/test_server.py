@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -291,6 +293,27 @@ def test_large_uploads_are_refused(client: Any, tmp_path: Path) -> None:
     path.write_bytes(b"\x89PNG" + b"\0" * 20_000_001)
     with pytest.raises(Exception, match=r"413|size|large"):
         client.predict(gradio_client.handle_file(path), api_name="/settings")
+
+
+def test_a_visitor_who_leaves_during_an_upload(server: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Told by one quiet line, not by the server's traceback for an uncaught exception."""
+    host, port = server.blocks.local_url.split("//")[1].rstrip("/").split(":")
+    head = (
+        f"POST /gradio_api/upload HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: 1000\r\n"
+        "Content-Type: multipart/form-data; boundary=here\r\n\r\n--here\r\n"
+    )
+    uvicorn = logging.getLogger("uvicorn.error")
+    uvicorn.addHandler(caplog.handler)  # it does not hand its lines on
+    try:
+        with caplog.at_level(logging.INFO, "gspn2_diffusion.webapp.errors"):
+            with socket.create_connection((host, int(port))) as connection:
+                connection.sendall(head.encode())
+            deadline = time.monotonic() + 60
+            while not caplog.records and time.monotonic() < deadline:
+                time.sleep(0.02)
+    finally:
+        uvicorn.removeHandler(caplog.handler)
+    assert [record.getMessage() for record in caplog.records] == ["a visitor left during /gradio_api/upload"]
 
 
 @pytest.mark.parametrize("target", ["/etc/passwd", "MODEL/model_index.json", "app.py", "pyproject.toml"])
