@@ -61,8 +61,9 @@ EMOJI = Vocabulary(
         "a penguin",
         "a rocket",
         "a slice of pizza",
-        "a cactus",
+        "a blue apple",
         "a cat, flat style, on a yellow background",
+        "a lion to the left of a red car",
     ),
 )
 
