@@ -33,6 +33,8 @@ class GSPN2PipelineBase(DenoisingPipeline, GSPN2LoraLoaderMixin, FastDenoiserMix
             model does not go unnoticed. By default that of ``vae``.
         default_steps, default_guidance_scale: what a call uses that names none; saved with the model. Models
             of few steps need their own; for all others (None) they are 20 and 4.
+        few_steps, few_steps_guidance_scale: the same with the few-step adapter that lies in the model's
+            folder; None for a model without one. See :meth:`add_few_steps`.
 
     Raises:
         ValueError: ``vae`` has another scale.
@@ -55,6 +57,8 @@ class GSPN2PipelineBase(DenoisingPipeline, GSPN2LoraLoaderMixin, FastDenoiserMix
         vae_scale_factor: int | None = None,
         default_steps: int | None = None,
         default_guidance_scale: float | None = None,
+        few_steps: int | None = None,
+        few_steps_guidance_scale: float | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(tokenizer=tokenizer, text_encoder=text_encoder, vae=vae)
@@ -65,6 +69,8 @@ class GSPN2PipelineBase(DenoisingPipeline, GSPN2LoraLoaderMixin, FastDenoiserMix
             vae_scale_factor=vae_scale_factor if vae is None else self.vae_scale_factor,
             default_steps=default_steps,
             default_guidance_scale=default_guidance_scale,
+            few_steps=few_steps,
+            few_steps_guidance_scale=few_steps_guidance_scale,
         )
         if vae is not None:
             self.check_scale()
@@ -97,7 +103,7 @@ class GSPN2PipelineBase(DenoisingPipeline, GSPN2LoraLoaderMixin, FastDenoiserMix
     def begin_call(self, call: CallInputs, height: int, width: int) -> int:
         """Checks everything that came, and sets the state of the call; returns the number of pictures."""
         self.check_components()
-        call.fill_defaults(self.config)
+        call.fill_defaults(self.config, self.few_steps_enabled)
         call.guidance.check()
         self._guidance, self._guidance_scale = call.guidance, float(call.guidance.scale)
         self.check_cache()

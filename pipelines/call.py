@@ -70,7 +70,7 @@ class CallInputs:
         if isinstance(self.generator, tuple):
             self.generator = list(self.generator)
 
-    def fill_defaults(self, config: Mapping[str, Any]) -> None:
+    def fill_defaults(self, config: Mapping[str, Any], few_steps: bool = False) -> None:
         """Steps and guidance that the call does not name: the pipeline's own, or 20 and 4."""
-        found = own_sampling(config, self.num_inference_steps, self.guidance.scale)
+        found = own_sampling(config, self.num_inference_steps, self.guidance.scale, few_steps)
         self.num_inference_steps, self.guidance.scale = found

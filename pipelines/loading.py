@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from typing import Any
@@ -10,14 +11,18 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from typing_extensions import Self
 
 from gspn2_diffusion.pipelines.model_folders import (
+    FEW_STEPS,
+    FEW_STEPS_FILE,
     check_model_folder,
     class_name,
+    read_index,
     remove_local_paths,
     resolve_model,
     write_pipeline_file,
 )
 
 logger = logging.getLogger(__name__)
+_HUB_ARGUMENTS = ("cache_dir", "revision", "token", "local_files_only")
 
 
 class LoadablePipeline(DiffusionPipeline):
@@ -42,14 +47,35 @@ class LoadablePipeline(DiffusionPipeline):
         name = resolve_model(pretrained_model_name_or_path)
         if os.path.isdir(name):
             check_model_folder(name, passed=kwargs)
-            return super().from_pretrained(name, use_safetensors=True, **kwargs)
+            pipe = super().from_pretrained(name, use_safetensors=True, **kwargs)
+            pipe._few_steps_folder = os.path.join(os.path.abspath(name), FEW_STEPS)
+            return pipe
         try:
-            return super().from_pretrained(name, use_safetensors=True, **kwargs)
+            pipe = super().from_pretrained(name, use_safetensors=True, **kwargs)
+            if pipe.config.get("few_steps"):
+                hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+                pipe._few_steps_folder = os.path.join(cls.download(name, **hub), FEW_STEPS)
+            return pipe
         except OSError as error:
             raise OSError(
                 f"`pretrained_model_name_or_path`={name!r} is neither a local folder (looked for "
                 f"{os.path.abspath(name)}), nor an embedded model, and the Hub did not give it: {error}"
             ) from error
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+        """As ``DiffusionPipeline.download``, with the few-step adapter, which is none of the components."""
+        folder = os.fspath(super().download(pretrained_model_name, **kwargs))
+        if read_index(folder).get(FEW_STEPS) and not os.path.isfile(os.path.join(folder, FEW_STEPS_FILE)):
+            from huggingface_hub import hf_hub_download
+
+            hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
+            hub["revision"] = os.path.basename(folder)  # the commit, so that the file gets into this folder
+            with contextlib.suppress(
+                OSError
+            ):  # the model works without; enabling few steps says it is missing
+                hf_hub_download(pretrained_model_name, FEW_STEPS_FILE, **hub)
+        return folder
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], safe_serialization: bool = True, **kwargs: Any
@@ -61,7 +87,8 @@ class LoadablePipeline(DiffusionPipeline):
         """
         if not safe_serialization:
             logger.warning("`safe_serialization=False`: weights are never pickled, safetensors are written")
-        super().save_pretrained(os.fspath(save_directory), safe_serialization=True, **kwargs)
+        with getattr(self, "few_steps_off", contextlib.nullcontext)():
+            super().save_pretrained(os.fspath(save_directory), safe_serialization=True, **kwargs)
 
     def save_config(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
@@ -73,6 +100,7 @@ class LoadablePipeline(DiffusionPipeline):
         super().save_config(save_directory, push_to_hub, **kwargs)
         remove_local_paths(save_directory)
         write_pipeline_file(save_directory, type(self).__name__)
+        self.save_few_steps(save_directory)
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:

@@ -10,12 +10,17 @@ from typing import Any
 
 import torch
 from diffusers.loaders import SanaLoraLoaderMixin
-from diffusers.utils import USE_PEFT_BACKEND
 
-from gspn2_diffusion.pipelines.lora_checks import check_adapter_names, check_hotswap, check_lora
+from gspn2_diffusion.pipelines.few_steps import FewStepsMixin
+from gspn2_diffusion.pipelines.lora_checks import (
+    check_adapter_names,
+    check_hotswap,
+    check_lora,
+    require_peft,
+)
+from gspn2_diffusion.pipelines.model_folders import FEW_STEPS, WEIGHT_NAME
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 
 
 class _ClassOrInstanceMethod:
@@ -29,7 +34,7 @@ class _ClassOrInstanceMethod:
         return MethodType(self.function, owner if instance is None else instance)
 
 
-class GSPN2LoraLoaderMixin(SanaLoraLoaderMixin):
+class GSPN2LoraLoaderMixin(FewStepsMixin):
     """LoRA and DoRA adapters of the transformer, from safetensors only; needs the package peft.
 
     ``set_adapters``, ``get_active_adapters``, ``get_list_adapters``, ``enable_lora``, ``disable_lora``,
@@ -144,7 +149,7 @@ class GSPN2LoraLoaderMixin(SanaLoraLoaderMixin):
         from peft.utils import get_peft_model_state_dict
 
         if adapter_name is None:
-            active = list(self.get_active_adapters())
+            active = [name for name in self.get_active_adapters() if name != FEW_STEPS]
             if len(active) != 1:
                 raise ValueError(
                     f"`adapter_name` is needed: {len(active)} adapters are active ({active}), "
@@ -191,9 +196,3 @@ class GSPN2LoraLoaderMixin(SanaLoraLoaderMixin):
             self.transformer, self.get_active_adapters() if adapter_names is None else adapter_names
         )
         super().fuse_lora(components or ["transformer"], lora_scale, safe_fusing, adapter_names, **kwargs)
-
-
-def require_peft(method: str) -> None:
-    """Raises ``ImportError`` unless peft is installed in a version that diffusers works with."""
-    if not USE_PEFT_BACKEND:
-        raise ImportError(f"`{method}` needs the package peft, which is optional: pip install 'peft>=0.17'")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.utils import USE_PEFT_BACKEND
 
 PREFIX = "transformer."
 
@@ -110,3 +111,9 @@ def _ranks_of(metadata: dict[str, Any] | None) -> set[int]:
 
 def _some(names: Any) -> str:
     return ", ".join(list(names)[:3]) or "nothing"
+
+
+def require_peft(method: str) -> None:
+    """Raises ``ImportError`` unless peft is installed in a version that diffusers works with."""
+    if not USE_PEFT_BACKEND:
+        raise ImportError(f"`{method}` needs the package peft, which is optional: pip install 'peft>=0.17'")

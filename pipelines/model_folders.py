@@ -16,6 +16,10 @@ import gspn2_diffusion.checkpoints
 DEFAULT_STEPS, DEFAULT_GUIDANCE_SCALE = 20, 4.0
 EMBEDDED_MODELS = ("gspn2-emoji",)
 INDEX_NAME = "model_index.json"
+# Sub-folder of the few-step adapter, the adapter's reserved name, and the number of its steps in the index.
+FEW_STEPS = "few_steps"
+WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+FEW_STEPS_FILE = f"{FEW_STEPS}/{WEIGHT_NAME}"
 
 # diffusers' name for it, without the ending. Every folder's file is copied to the same place of a cache, so
 # each knows all pipelines, but names only its own (diffusers allows just one).
@@ -38,13 +42,21 @@ def __getattr__(name):
 
 
 def own_sampling(
-    config: Mapping[str, Any], steps: int | None, guidance_scale: float | None
+    config: Mapping[str, Any], steps: int | None, guidance_scale: float | None, few_steps: bool = False
 ) -> tuple[int, float]:
-    """Steps and guidance scale: what is given, else those in a pipeline's configuration, else 20 and 4."""
+    """Steps and guidance scale: what is given, else those in a pipeline's configuration, else 20 and 4.
+
+    With ``few_steps`` the configuration's are those of its few-step adapter.
+    """
+    names = (
+        ("few_steps", "few_steps_guidance_scale")
+        if few_steps
+        else ("default_steps", "default_guidance_scale")
+    )
     if steps is None:
-        steps = config.get("default_steps") or DEFAULT_STEPS
+        steps = config.get(names[0]) or DEFAULT_STEPS
     if guidance_scale is None:
-        own = config.get("default_guidance_scale")
+        own = config.get(names[1])
         guidance_scale = DEFAULT_GUIDANCE_SCALE if own is None else float(own)
     return steps, guidance_scale
 
@@ -121,6 +133,8 @@ def check_model_folder(folder: str, passed: Collection[str] = ()) -> None:
             )
         for file in sorted(sub_folder.glob("*.safetensors")):
             _check_safetensors(file)
+    if (Path(folder) / FEW_STEPS_FILE).is_file():
+        _check_safetensors(Path(folder) / FEW_STEPS_FILE)
 
 
 def read_index(folder: str) -> dict[str, Any]:

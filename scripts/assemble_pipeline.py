@@ -2,6 +2,7 @@
 
     python scripts/assemble_pipeline.py --vae runs/autoencoder/vae --transformer runs/denoiser/transformer \
         --text_encoder TEXT --tokenizer TOKENIZER --out gspn2_diffusion/checkpoints/gspn2-emoji --shift 1.0
+    ... --few_steps runs/few-steps-lora/lora --few_steps_count 4
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--limit_mb", type=float, default=64.0, help="largest size of the folder")
     parser.add_argument("--default_steps", type=int, default=None, help="of a few-step model")
     parser.add_argument("--default_guidance_scale", type=float, default=None, help="1 for a few-step model")
+    parser.add_argument("--few_steps", type=Path, default=None, help="folder of a few-step adapter (lora/)")
+    parser.add_argument("--few_steps_count", type=int, default=4, help="steps that the adapter draws in")
     given = parser.parse_args(argv)
     from gspn2_diffusion.training.assembly import assemble, write_pipeline
 
@@ -37,6 +40,8 @@ def main(argv: list[str] | None = None) -> None:
             max_text_tokens=given.max_text_tokens,
             default_steps=given.default_steps,
             default_guidance_scale=given.default_guidance_scale,
+            few_steps=given.few_steps,
+            few_steps_count=given.few_steps_count,
         )
         size = write_pipeline(pipeline, given.out, given.limit_mb)
     except (FileNotFoundError, ValueError) as error:

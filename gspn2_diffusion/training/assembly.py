@@ -64,13 +64,17 @@ def assemble(
     max_text_tokens: int = 32,
     default_steps: int | None = None,
     default_guidance_scale: float | None = None,
+    few_steps: Path | None = None,
+    few_steps_count: int = 4,
 ) -> Any:
     """A `GSPN2Pipeline` from component folders, with a flow-matching Euler scheduler.
 
-    `transformer` may also be a compact folder of a run, whose averaged weights are taken.
+    `transformer` may also be a compact folder of a run, whose averaged weights are taken. `few_steps` is the
+    folder of an adapter that draws in `few_steps_count` steps without guidance.
 
     Raises:
         FileNotFoundError: a folder is missing.
+        ValueError: the adapter does not fit the denoiser.
     """
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
     from transformers import AutoTokenizer, BertModel
@@ -81,7 +85,7 @@ def assemble(
     for name, folder in folders.items():
         if not folder.is_dir():
             raise FileNotFoundError(f"`{name}`: there is no folder {folder}")
-    return GSPN2Pipeline(
+    pipeline = GSPN2Pipeline(
         tokenizer=AutoTokenizer.from_pretrained(tokenizer),
         text_encoder=BertModel.from_pretrained(text_encoder, dtype=torch.bfloat16),
         vae=AutoencoderKL.from_pretrained(vae, dtype=torch.bfloat16),
@@ -91,6 +95,9 @@ def assemble(
         default_steps=default_steps,
         default_guidance_scale=default_guidance_scale,
     )
+    if few_steps is not None:
+        pipeline.add_few_steps(few_steps, few_steps_count)
+    return pipeline
 
 
 def _load_transformer(folder: Path) -> Any:

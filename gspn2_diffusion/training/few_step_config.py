@@ -23,6 +23,8 @@ class FewStepConfig(DenoiserConfig):
     teacher_guidance: float = option(4.0, "guidance of the teacher, which the student learns with")
     between_share: float = option(0.25, "share of training points between the ends of a step")
     pair_bank: int = option(8192, "steps of the teacher kept on each GPU for replay")
+    lora_rank: int = option(0, "rank of an adapter that is trained instead of the weights; 0: all weights")
+    lora_alpha: int | None = option(None, "scale of the adapter times its rank; unset: the rank")
 
     def validate(self) -> None:
         """Raise `ConfigError` for the first setting that cannot work."""
@@ -34,6 +36,7 @@ class FewStepConfig(DenoiserConfig):
                 f"`teacher_steps` is {self.teacher_steps}; allowed: multiples of `student_steps`, "
                 f"{self.student_steps}"
             )
+        self._check_adapter()
         if not 0.0 <= self.between_share <= 1.0:
             raise ConfigError(f"`between_share` is {self.between_share}; allowed: 0 to 1")
         if self.prediction != "flow":
@@ -47,6 +50,19 @@ class FewStepConfig(DenoiserConfig):
             raise ConfigError(
                 f"`refresh` is {self.refresh}; allowed: at most `batch_size`, {self.batch_size}"
             )
+
+    def _check_adapter(self) -> None:
+        if self.lora_rank < 0:
+            raise ConfigError(f"`lora_rank` is {self.lora_rank}; allowed: 0 (all weights) or more")
+        if self.lora_alpha is not None and (self.lora_rank == 0 or self.lora_alpha < 1):
+            raise ConfigError(f"`lora_alpha` is {self.lora_alpha}; it is for a `lora_rank`, and at least 1")
+        if self.lora_rank and self.optimizer == "muon":
+            raise ConfigError(
+                "`optimizer` is 'muon', which is for whole matrices; allowed with `lora_rank`: "
+                "adamw, adamw8bit"
+            )
+        if self.lora_rank and self.keep_best is not None:
+            raise ConfigError(f"`keep_best` is {self.keep_best!r}; with `lora_rank` only the end is written")
 
     @property
     def paths(self) -> int:

@@ -32,6 +32,7 @@ from gspn2_diffusion.training.denoiser import (
 from gspn2_diffusion.training.few_step_config import FewStepConfig
 from gspn2_diffusion.training.latents import LatentBatch
 from gspn2_diffusion.training.loop import TrainState, prepare_state
+from gspn2_diffusion.training.lora import add_adapter, target_names, write_adapter
 from gspn2_diffusion.training.rings import TensorRing
 from gspn2_diffusion.training.runtime import Run, compile_in_place, parameter_count
 from gspn2_diffusion.training.students import load_teacher
@@ -245,8 +246,15 @@ class FewStepTask(DenoiserTask):
             self._coarse_errors[fixed.name] = _relative_error(coarse, wanted)
         return self._wanted[fixed.name]
 
+    def _make_judge(self) -> Any:
+        if self.config.lora_rank:
+            return make_student(self._teacher.model, self.config, self.run.half)
+        return super()._make_judge()
+
     def pipeline_settings(self) -> dict[str, Any]:
-        """The model folder says how the student is to be used."""
+        """The model folder says how the student is to be used, unless that is an adapter beside it."""
+        if self.config.lora_rank:
+            return super().pipeline_settings()
         return {
             **super().pipeline_settings(),
             "default_steps": self.config.student_steps,
@@ -260,7 +268,7 @@ def _relative_error(drawn: list[Tensor], wanted: list[Tensor]) -> float:
 
 
 def train_few_steps(run: Run, config: FewStepConfig) -> Path:
-    """Distil, then write ``transformer/`` and ``pipeline/`` (averaged weights, bf16).
+    """Distil, then write ``transformer/``, or of an adapter ``lora/``, and ``pipeline/`` (averaged, bf16).
 
     Returns:
         The pipeline folder.
@@ -273,16 +281,43 @@ def train_few_steps(run: Run, config: FewStepConfig) -> Path:
         raise ConfigError(f"`teacher` is a {type(teacher).__name__}; allowed: GSPN2Transformer2DModel")
     encoder = load_encoder(run, config)
     check_fit(teacher, encoder)
-    student = type(teacher).from_config(plain_config(teacher))
-    student.load_state_dict({name: value.float() for name, value in teacher.state_dict().items()})
+    student = make_student(teacher, config, run.half)
     if config.gradient_checkpointing:
         student.enable_gradient_checkpointing()
+    trained = sum(param.numel() for param in student.parameters() if param.requires_grad)
     run.say(
-        f"denoiser {parameter_count(student):,} parameters, from {config.teacher_steps} steps with guidance "
-        f"{config.teacher_guidance:g} to {config.student_steps} without"
+        f"denoiser {parameter_count(teacher):,} parameters, {trained:,} trained{_kind(config)}, "
+        f"from {config.teacher_steps} steps with guidance {config.teacher_guidance:g} "
+        f"to {config.student_steps} without"
     )
     compile_in_place(run, teacher)
-    state = prepare_state(run, student, plain_config(student))
+    adapter = {name: getattr(config, name) for name in ("lora_rank", "lora_alpha") if config.lora_rank}
+    state = prepare_state(run, student, plain_config(student) | adapter)
     task = FewStepTask(run, config, encoder, state, GuidedTeacher(teacher, config.teacher_guidance))
-    fit_and_write(task, run, state, write_results)
+    fit_and_write(task, run, state, _write_adapter if config.lora_rank else write_results)
     return run.output / "pipeline"
+
+
+def make_student(teacher: Any, config: FewStepConfig, dtype: torch.dtype) -> Any:
+    """A copy of the teacher in float32, or in `dtype` with a fresh adapter on all its linear layers."""
+    student = type(teacher).from_config(plain_config(teacher))
+    student.load_state_dict({name: value.float() for name, value in teacher.state_dict().items()})
+    if not config.lora_rank:
+        return student
+    rank, alpha = config.lora_rank, config.lora_alpha or config.lora_rank
+    return add_adapter(student.to(dtype), target_names(student, ["*"]), r=rank, lora_alpha=alpha)
+
+
+def _kind(config: FewStepConfig) -> str:
+    return f" (an adapter of rank {config.lora_rank})" if config.lora_rank else ""
+
+
+def _write_adapter(task: FewStepTask, run: Run, state: TrainState) -> None:
+    """``lora/``, a sheet, and ``pipeline/``: the teacher's model with the adapter beside it."""
+    write_adapter(task, run, state, torch.bfloat16)
+    task.final_sheet(state.step)
+    if task.config.save_pipeline:
+        pipeline = task.build_pipeline()
+        pipeline.unload_lora_weights()
+        pipeline.add_few_steps(run.output / "lora", task.config.student_steps)
+        task.write_pipeline(pipeline)

@@ -56,22 +56,34 @@ def load_adapted(config: LoraTrainConfig, dtype: torch.dtype) -> Any:
     """
     from gspn2_diffusion.models.transformer_gspn2 import GSPN2Transformer2DModel
 
+    model: Any = GSPN2Transformer2DModel.from_pretrained(config.base(), dtype=dtype, use_safetensors=True)
+    return add_adapter(
+        model,
+        target_names(model, config.target_modules),
+        r=config.rank,
+        lora_alpha=config.alpha or config.rank,
+        lora_dropout=config.lora_dropout,
+        use_dora=config.dora,
+    )
+
+
+def add_adapter(model: Any, targets: list[str], **settings: Any) -> Any:
+    """Freeze a denoiser and give it a fresh adapter in float32; returns the model.
+
+    Args:
+        model: a denoiser.
+        targets: names of the linear layers, such as `target_names` finds.
+        settings: of peft's ``LoraConfig``.
+
+    Raises:
+        ConfigError: peft is not installed.
+    """
     try:
         from peft import LoraConfig
     except ImportError as error:
         raise ConfigError("training an adapter needs the package peft: pip install 'peft>=0.17'") from error
-    model: Any = GSPN2Transformer2DModel.from_pretrained(config.base(), dtype=dtype, use_safetensors=True)
     model.requires_grad_(False)
-    model.add_adapter(
-        LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha or config.rank,
-            lora_dropout=config.lora_dropout,
-            use_dora=config.dora,
-            init_lora_weights=True,
-            target_modules=target_names(model, config.target_modules),
-        )
-    )
+    model.add_adapter(LoraConfig(init_lora_weights=True, target_modules=targets, **settings))
     for param in model.parameters():
         if param.requires_grad:
             param.data = param.data.float()
@@ -196,16 +208,32 @@ def train_lora(run: Run, config: LoraTrainConfig) -> Path:
     return run.output / "lora"
 
 
-def _finish(task: LoraTask, run: Run, state: TrainState) -> None:
+def write_adapter(task: DenoiserTask, run: Run, state: TrainState, dtype: torch.dtype | None = None) -> None:
+    """``lora/``: the averaged adapter for ``load_lora_weights``, with a card.
+
+    Args:
+        task, run, state: as in `DenoiserTask`; the task's pipeline has the adapter.
+        dtype: what is stored; None for what the pipeline has.
+    """
+    from peft.utils import get_peft_model_state_dict
+
     pipeline, target = task.build_pipeline(), run.output / "lora"
+    layers = get_peft_model_state_dict(pipeline.transformer, adapter_name="default")
     part = target.with_name(".lora.part")
     part.mkdir(exist_ok=True)
-    pipeline.save_lora_weights(part)
+    pipeline.save_lora_weights(
+        part, {name: value.to(dtype or value.dtype) for name, value in layers.items()}, adapter_name="default"
+    )
     (part / "README.md").write_text(card_text(task.config, state, run, adapter=True), encoding="utf-8")
     replace_folder(part, target)
     run.say(f"wrote {target}")
+
+
+def _finish(task: LoraTask, run: Run, state: TrainState) -> None:
+    write_adapter(task, run, state)
     task.final_sheet(state.step)
     if task.config.save_pipeline:
+        pipeline = task.build_pipeline()
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
         task.write_pipeline(pipeline)

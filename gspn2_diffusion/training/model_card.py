@@ -30,6 +30,11 @@ _SHOWN = (
     "rank",
     "alpha",
     "dora",
+    "lora_rank",
+    "lora_alpha",
+    "student_steps",
+    "teacher_steps",
+    "teacher_guidance",
     "class_prompt",
     "prior_weight",
 )
@@ -54,7 +59,9 @@ def card_text(
     tags = "- gspn-2\n- text-to-image\n" + ("- lora\n" if adapter else "")
     front = f"---\nlibrary_name: diffusers\npipeline_tag: text-to-image\ntags:\n{tags}---\n"
     base = _base_name(config) if adapter else "this folder"
-    use = _usage(folder, f'"{base}"', adapter)
+    steps = getattr(config, "student_steps", None) if adapter else None
+    few = f", num_inference_steps={steps}, guidance_scale=1" if steps else ""
+    use = _usage(folder, f'"{base}"', adapter, few)
     title = "# A LoRA adapter for a GSPN-2 model\n" if adapter else "# A GSPN-2 text-to-image model\n"
     measures = "".join(f"- {name}: {value:.4f}\n" for name, value in last_measures(run.output).items())
     return "\n".join(
@@ -75,7 +82,7 @@ def card_text(
     )
 
 
-def _usage(folder: Path | None, source: str, adapter: bool) -> str:
+def _usage(folder: Path | None, source: str, adapter: bool, settings: str) -> str:
     """How to draw with it: with our pipeline, or with the one of diffusers that the folder names."""
     index = None if folder is None else folder / "model_index.json"
     name = json.loads(index.read_text(encoding="utf-8"))["_class_name"] if index and index.is_file() else ""
@@ -89,7 +96,8 @@ def _usage(folder: Path | None, source: str, adapter: bool) -> str:
         lines, kind = ["from gspn2_diffusion import GSPN2Pipeline"], "GSPN2Pipeline"
     lines += ["", f"pipe = {kind}.from_pretrained({source})"]
     lines += ['pipe.load_lora_weights("this folder")'] if adapter else []
-    return "\n".join(["```python", *lines, 'pipe("a prompt").images[0].save("picture.png")', "```\n"])
+    lines.append(f'pipe("a prompt"{settings}).images[0].save("picture.png")')
+    return "\n".join(["```python", *lines, "```\n"])
 
 
 def _base_name(config: DenoiserConfig) -> str:

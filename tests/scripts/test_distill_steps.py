@@ -12,6 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 from training_forks import script
 
+from gspn2_diffusion.pipelines.model_folders import WEIGHT_NAME
 from gspn2_diffusion.pipelines.pipeline_gspn2 import GSPN2Pipeline
 from gspn2_diffusion.training.config import ConfigError
 from gspn2_diffusion.training.few_step_config import FewStepConfig
@@ -167,12 +168,97 @@ def test_interrupted_run_ends_with_the_same_weights(root, tmp_path):
         assert not all(torch.equal(one[key], early[key]) for key in one), name
 
 
+def test_adapter_alone_is_trained_resumed_and_put_into_the_model_folder(root, tmp_path):
+    """Two steps and two after a resume: bit for bit four in one go; only the adapter is ever written."""
+    pytest.importorskip("peft")
+    changes = {"lora_rank": 3, "learning_rate": 2e-2, "ema_decay": 0.5, "save_compact": tmp_path / "compact"}
+    full = train(root, tmp_path / "full", **changes)
+    output = tmp_path / "resumed"
+    output.mkdir()
+    shutil.copytree(full / "checkpoint-2", output / "checkpoint-2")
+    train(root, output, resume_from="latest", **changes)
+    for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
+        one, other = (load_file(path / "checkpoint-4" / name) for path in (full, output))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+    held = load_file(full / "checkpoint-4" / "model.safetensors")
+    carried = load_file(next((tmp_path / "compact").glob("weights-*.safetensors")))
+    assert all("lora_" in key for key in [*held, *carried])
+    assert "gap_closed_train" in (full / "metrics.jsonl").read_text()
+
+    adapter = load_file(full / "lora" / WEIGHT_NAME)
+    linear = [
+        m for m in tiny_models.tiny_transformer(num_layers=1).modules() if isinstance(m, torch.nn.Linear)
+    ]
+    assert len(adapter) == 2 * len(linear)
+    assert {value.dtype for value in adapter.values()} == {torch.bfloat16}
+    ups = [value for key, value in adapter.items() if "lora_B" in key]
+    assert any(value.any() for value in ups)
+    before = load_file(root / "teacher" / "transformer" / "diffusion_pytorch_model.safetensors")
+    after = load_file(full / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert all(
+        torch.equal(before[key].bfloat16(), after[key]) for key in before
+    )  # the weights themselves stayed
+
+    pipeline = GSPN2Pipeline.from_pretrained(full / "pipeline")
+    config = pipeline.config
+    assert (config["few_steps"], config["few_steps_guidance_scale"], config["default_steps"]) == (
+        2,
+        1.0,
+        None,
+    )
+    plain = GSPN2Pipeline.from_pretrained(full / "pipeline")
+    plain.load_lora_weights(full / "lora")
+    pipeline.enable_few_steps()
+    expected = draw(plain, num_inference_steps=2, guidance_scale=1.0)
+    assert torch.equal(draw(pipeline), expected)
+    card = (full / "lora" / "README.md").read_text()
+    assert "num_inference_steps=2, guidance_scale=1" in card
+    with pytest.raises(SystemExit, match="it differs in: lora_rank"):
+        train(root, tmp_path / "other", resume_from=full / "checkpoint-4", **{**changes, "lora_rank": 2})
+
+
+def draw(pipeline, **settings):
+    generator = torch.Generator().manual_seed(3)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline("a red apple", generator=generator, output_type="pt", **settings).images
+
+
+def test_assembled_folder_has_the_adapter_and_its_size_counts(root, tmp_path):
+    pytest.importorskip("peft")
+    from peft import LoraConfig
+
+    pipeline = tiny_models.build_tiny_pipeline(num_layers=1)
+    pipeline.transformer.add_adapter(LoraConfig(r=64, target_modules=["to_scan"], init_lora_weights=False))
+    pipeline.save_lora_weights(tmp_path / "lora")
+    names = ("vae", "transformer", "text_encoder", "tokenizer")
+    parts = {name: root / "teacher" / name for name in names}
+    settings = parts | {"out": tmp_path / "model", "few_steps": tmp_path / "lora", "few_steps_count": 3}
+    script("assemble_pipeline").main(tiny_training.options(settings))
+    assert (tmp_path / "model" / "few_steps" / WEIGHT_NAME).is_file()
+    built = GSPN2Pipeline.from_pretrained(tmp_path / "model")
+    assert (built.config["few_steps"], built.config["few_steps_guidance_scale"]) == (3, 1.0)
+    size = sum(path.stat().st_size for path in (tmp_path / "model").rglob("*") if path.is_file()) / 1e6
+    with pytest.raises(SystemExit, match="assemble_pipeline: the pipeline takes"):
+        script("assemble_pipeline").main(
+            tiny_training.options(settings | {"out": tmp_path / "again", "limit_mb": size - 0.005})
+        )
+    with pytest.raises(SystemExit, match=r"few-step adapter .* is missing"):
+        script("assemble_pipeline").main(tiny_training.options(settings | {"few_steps": tmp_path}))
+
+
 def test_wrong_settings_end_with_one_line(root, tmp_path):
     def config(**changes):
         FewStepConfig(output_dir="x", max_train_steps=1, pretrained="gspn2-emoji", **changes).validate()
 
     with pytest.raises(ConfigError, match="`teacher_steps` is 10; allowed: multiples of `student_steps`, 4"):
         config(teacher_steps=10)
+    with pytest.raises(ConfigError, match=r"`optimizer` is 'muon'.* allowed with `lora_rank`: adamw"):
+        config(lora_rank=4, optimizer="muon")
+    with pytest.raises(ConfigError, match="`lora_rank` is -1"):
+        config(lora_rank=-1)
+    with pytest.raises(ConfigError, match="`lora_alpha` is 4; it is for a `lora_rank`"):
+        config(lora_alpha=4)
     with pytest.raises(ConfigError, match="`aspects` is set"):
         config(aspects=["192x320"])
     with pytest.raises(ConfigError, match="`refresh` is 500"):

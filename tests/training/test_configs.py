@@ -31,6 +31,7 @@ KINDS = {
     "dreambooth": LoraTrainConfig,
     "distill": DistillConfig,
     "few-steps": FewStepConfig,
+    "few-steps-lora": FewStepConfig,
 }
 
 
