@@ -211,7 +211,7 @@ def test_adapter_alone_is_trained_resumed_and_put_into_the_model_folder(root, tm
     plain.load_lora_weights(full / "lora")
     pipeline.enable_few_steps()
     expected = draw(plain, num_inference_steps=2, guidance_scale=1.0)
-    assert torch.equal(draw(pipeline), expected)
+    torch.testing.assert_close(draw(pipeline), expected, atol=1e-3, rtol=0)
     card = (full / "lora" / "README.md").read_text()
     assert "num_inference_steps=2, guidance_scale=1" in card
     with pytest.raises(SystemExit, match="it differs in: lora_rank"):
