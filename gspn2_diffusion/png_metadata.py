@@ -44,8 +44,9 @@ class GenerationSettings:
     :func:`gspn2_diffusion.files.model_hash`.
 
     ``loras`` holds ``name``, ``sha256`` (of the file) and ``weight`` of each LoRA, in the order in which they
-    were added. ``source`` is empty for a picture from text alone; else ``task`` ("img2img" or "inpaint"),
-    ``strength``, ``image_sha256`` and ``mask_sha256`` say what it was drawn from.
+    were added. ``few_steps`` tells whether the model's own few-step adapter was on. ``source`` is empty for a
+    picture from text alone; else ``task`` ("img2img" or "inpaint"), ``strength``, ``image_sha256`` and
+    ``mask_sha256`` say what it was drawn from.
     """
 
     prompt: str
@@ -64,6 +65,7 @@ class GenerationSettings:
     device_name: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     loras: list[dict[str, Any]] = field(default_factory=list)
+    few_steps: bool = False
     source: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT_VERSION
 
@@ -90,6 +92,7 @@ class GenerationSettings:
 _FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
     "str": str,
     "int": int,
+    "bool": bool,
     "float": (int, float),
     "dict[str, Any]": dict,
     "dict[str, str]": dict,
@@ -106,7 +109,8 @@ def _known_fields(data: dict[str, Any]) -> dict[str, Any]:
             continue
         value = data[item.name]
         # Annotations are strings here (postponed evaluation), which makes them keys of the table above.
-        if not isinstance(value, _FIELD_TYPES[str(item.type)]) or isinstance(value, bool):
+        of_type = isinstance(value, _FIELD_TYPES[str(item.type)])
+        if not of_type or isinstance(value, bool) != (item.type == "bool"):  # True is an integer, too
             raise MetadataError(
                 f"the {JSON_KEY!r} chunk has {item.name!r} = {value!r}, which is not a {item.type}"
             )
@@ -136,6 +140,7 @@ def format_parameters(settings: GenerationSettings) -> str:
         "Denoising strength": settings.source.get("strength", ""),
         "Lora hashes": ", ".join(f"{lora['name']}: {lora['sha256'][:12]}" for lora in settings.loras),
         "Lora weights": ", ".join(f"{lora['name']}: {lora['weight']:g}" for lora in settings.loras),
+        "Few steps": "on" if settings.few_steps else "",
         "Version": f"gspn2-diffusion {settings.versions.get('gspn2-diffusion', 'unknown')}",
     }
     lines = [settings.prompt]

@@ -14,6 +14,7 @@ import gspn2_diffusion.checkpoints
 
 # What a call uses that names none, with a model that has no settings of its own.
 DEFAULT_STEPS, DEFAULT_GUIDANCE_SCALE = 20, 4.0
+FEW_STEPS_USUAL = (4, 1.0)
 EMBEDDED_MODELS = ("gspn2-emoji",)
 INDEX_NAME = "model_index.json"
 # Sub-folder of the few-step adapter, the adapter's reserved name, and the number of its steps in the index.
@@ -46,18 +47,16 @@ def own_sampling(
 ) -> tuple[int, float]:
     """Steps and guidance scale: what is given, else those in a pipeline's configuration, else 20 and 4.
 
-    With ``few_steps`` the configuration's are those of its few-step adapter.
+    With ``few_steps`` they are those of the model's few-step adapter, else 4 and 1.
     """
-    names = (
-        ("few_steps", "few_steps_guidance_scale")
-        if few_steps
-        else ("default_steps", "default_guidance_scale")
+    kind, usual = (
+        ("few_steps", FEW_STEPS_USUAL) if few_steps else ("default", (DEFAULT_STEPS, DEFAULT_GUIDANCE_SCALE))
     )
     if steps is None:
-        steps = config.get(names[0]) or DEFAULT_STEPS
+        steps = config.get("few_steps" if few_steps else "default_steps") or usual[0]
     if guidance_scale is None:
-        own = config.get(names[1])
-        guidance_scale = DEFAULT_GUIDANCE_SCALE if own is None else float(own)
+        own = config.get(f"{kind}_guidance_scale")
+        guidance_scale = usual[1] if own is None else float(own)
     return steps, guidance_scale
 
 

@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--sizes", default=None, help="sizes by commas, such as 128,256,192x320 (height x width)")
     add("--steps", type=int, default=None, help="by default the model's own, 20 for most")
     add("--guidance", type=float, default=None, help="by default the model's own, 4 for most")
+    add("--few_steps", action="store_true", help="with the model's few-step adapter")
     add("--batch", type=int, default=64, help="pictures drawn at once")
     add("--sprite_cache", default=None, help="folder for drawn sprites")
     add("--judge_steps", type=int, default=2000)
@@ -70,6 +71,8 @@ def evaluate(given: argparse.Namespace) -> list[dict[str, Any]]:
         raise ValueError(f"{given.data} holds no records for the groups {', '.join(groups)}")
     judge, accuracy = find_judge(given, records, device)
     pipeline = load_pipeline(given.model, device, getattr(torch, dtype))
+    if given.few_steps:
+        pipeline.enable_few_steps()
     sizes = [parse_size(text) for text in given.sizes.split(",")] if given.sizes else [None]
     return [_evaluate_size(given, pipeline, prompts, records, judge, accuracy, size) for size in sizes]
 

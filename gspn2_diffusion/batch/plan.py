@@ -32,11 +32,15 @@ class Defaults:
     seed: int | None
     count: int
     loras: LoraNames = ()
+    few_steps: bool | None = False
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture to draw. ``index`` is its place in the list, from 1; sizes of None are the model's."""
+    """One picture to draw. ``index`` is its place in the list, from 1; sizes of None are the model's.
+
+    ``few_steps`` of None: as the device decides; steps and guidance are then those without.
+    """
 
     index: int
     line: int
@@ -49,6 +53,7 @@ class Picture:
     guidance: float
     seed: int
     loras: LoraNames = ()
+    few_steps: bool | None = False
 
 
 @dataclass(frozen=True)
@@ -61,10 +66,10 @@ class Job:
     file: str
 
     @property
-    def group(self) -> tuple[int, int, int, float, tuple[tuple[str, float], ...]]:
-        """Pictures of one group can be drawn together: height, width, steps, guidance, LoRAs."""
+    def group(self) -> tuple[int, int, int, float, tuple[tuple[str, float], ...], bool]:
+        """Pictures of one group can be drawn together: height, width, steps, guidance, adapters."""
         s = self.settings
-        return s.height, s.width, s.steps, s.guidance_scale, lora_identity(s)
+        return s.height, s.width, s.steps, s.guidance_scale, lora_identity(s), s.few_steps
 
 
 def lora_identity(settings: GenerationSettings) -> tuple[tuple[str, float], ...]:
@@ -76,7 +81,7 @@ def picture_key(settings: GenerationSettings) -> str:
     """Identity of a picture: SHA-256 (64 hex digits) of all settings that decide its content."""
     values = {k: v for k, v in dataclasses.asdict(settings).items() if k not in _NOT_IN_KEY}
     values["loras"] = lora_identity(settings)
-    for name in ("loras", "source"):  # newer than the first keys, which stay as they were
+    for name in ("loras", "source", "few_steps"):  # newer than the first keys, which stay as they were
         if not values[name]:
             del values[name]
     values["guidance_scale"] = float(values["guidance_scale"])  # 4 and 4.0 are one setting
@@ -116,18 +121,22 @@ def expand(entries: Iterable[Entry], defaults: Defaults, base: int, wildcards: W
 def _picture(entry: Entry, defaults: Defaults, index: int, seed: int, wildcards: Wildcards) -> Picture:
     prompt = wildcards.resolve(entry.prompt, seed, entry.line)
     prompt, tagged = _without_tags(prompt, entry.line) if wildcards.enabled else (prompt, ())
+    negative = defaults.negative if entry.negative is None else entry.negative
+    named = entry.steps is not None or entry.guidance is not None or negative != defaults.negative
+    few = False if defaults.few_steps is None and named else defaults.few_steps
     return Picture(
         index=index,
         line=entry.line,
         template=entry.prompt,
         prompt=prompt,
         loras=(defaults.loras if entry.loras is None else entry.loras) + tagged,
-        negative=defaults.negative if entry.negative is None else entry.negative,
+        negative=negative,
         height=entry.height or defaults.height,
         width=entry.width or defaults.width,
         steps=entry.steps or defaults.steps,
         guidance=defaults.guidance if entry.guidance is None else entry.guidance,
         seed=seed,
+        few_steps=few,
     )
 
 

@@ -114,12 +114,12 @@ def find_loras(names: Iterable[str], folder: Path | None) -> dict[str, Lora]:
     return found
 
 
-def require_peft() -> None:
+def require_peft(what: str = "LoRA") -> None:
     """Raises ``CliError`` where peft, which diffusers needs for LoRA, is not installed."""
     import importlib.util
 
     if importlib.util.find_spec("peft") is None:
-        raise CliError("LoRA needs another package: pip install 'peft>=0.17'")
+        raise CliError(f"{what} needs another package: pip install 'peft>=0.17'")
 
 
 class LoraSwitch:
@@ -137,15 +137,21 @@ class LoraSwitch:
         self._failed: dict[str, str] = {}
         self._active: list[tuple[str, float]] = []
 
-    def use(self, loras: Sequence[dict[str, Any]]) -> None:
+    def use(self, loras: Sequence[dict[str, Any]], few_steps: bool = False) -> None:
         """Switches to the LoRAs that a picture's settings record, in their order; to none if it is empty.
 
+        Args:
+            loras: name, hash and weight of each.
+            few_steps: whether the model's own few-step adapter is on as well.
+
         Raises:
-            ValueError: one does not fit the model.
+            ValueError: one does not fit the model, or the few-step adapter is not there.
         """
         wanted = [(lora["sha256"], float(lora["weight"])) for lora in loras]
         if len({sha for sha, _ in wanted}) < len(wanted):
             raise ValueError("the same LoRA is asked for twice")
+        if few_steps != self._pipe.few_steps_enabled:
+            self._switch_few_steps(few_steps)
         if wanted == self._active:
             return
         self._active = [("", 0.0)]  # not known while it changes
@@ -158,6 +164,16 @@ class LoraSwitch:
         elif self._loaded:
             self._pipe.disable_lora()
         self._active = wanted
+
+    def _switch_few_steps(self, on: bool) -> None:
+        self._active = [("", 0.0)]  # not known while it changes
+        try:
+            if on:
+                self._pipe.enable_few_steps()
+            else:
+                self._pipe.disable_few_steps()
+        except (ImportError, OSError) as error:
+            raise ValueError(describe(error)) from error
 
     def _load(self, sha: str, keep: set[str]) -> None:
         if sha in self._failed:

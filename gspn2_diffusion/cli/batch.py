@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from gspn2_diffusion.batch import manifest, plan, prompts
-from gspn2_diffusion.cli import adapters, batch_run, defaults, options
+from gspn2_diffusion.cli import adapters, batch_run, defaults, few_steps, options
 from gspn2_diffusion.cli.console import CliError, UsageError, describe, say
 
 NAME = "{index:05d}-{seed}"
@@ -72,6 +72,7 @@ def batch(
     width: options.WidthOption = None,
     count: options.CountOption = 1,
     negative: options.NegativeOption = "",
+    few: few_steps.Option = None,
     lora: options.LoraOption = None,
     lora_dir: options.LoraDirOption = None,
     wildcards: Annotated[
@@ -103,10 +104,11 @@ def batch(
     Exit codes: 0 all drawn, 1 error, 2 wrong usage, 3 some pictures failed, 130 interrupted.
     """
     rank, world = _process()
-    steps, guidance = options.sampling(options.check_text("--model", model), steps, guidance)
+    few = _few_steps(few, options.check_text("--model", model), (steps, guidance, negative or None))
+    steps, guidance = options.sampling(model, steps, guidance, bool(few))
     settings = plan.Defaults(
         options.check_text("--negative", negative), height, width, steps, guidance,
-        seed, count, adapters.parse_options(lora),
+        seed, count, adapters.parse_options(lora), few,
     )  # fmt: skip
     entries = _read_entries(prompt_list, input_format)
     template = _usage("--name", lambda: plan.check_template(name))
@@ -129,6 +131,14 @@ def batch(
         options.check_dtype(dtype), rank, world, loras,
     )  # fmt: skip
     return batch_run.run(request, as_json, quiet)
+
+
+def _few_steps(wanted: bool | None, model: str, named: tuple[Any, ...]) -> bool | None:
+    """As wanted; None where the device decides, False where it does not matter."""
+    index = defaults.model_index(model)
+    few_steps.check(wanted, index or None)
+    without = any(value is not None for value in named) or bool(index and not index.get("few_steps"))
+    return False if wanted is None and without else wanted
 
 
 def _usage(name: str, call: Callable[[], Any]) -> Any:
@@ -186,7 +196,9 @@ def _base_seed(out: Path, entries: list[prompts.Entry], seed: int | None, dry_ru
 
 
 def _show_plan(pictures: list[plan.Picture], template: str, suffix: str) -> None:
-    """JSON lines. Sizes that the model decides are null, a name with the key in it shows question marks."""
+    """JSON lines. Null are sizes that the model decides and few steps that the device decides; a name with
+    the key in it shows question marks.
+    """
     for picture in pictures:
         file = plan.file_name(template, picture, None, "????????") + suffix
         say(json.dumps({**dataclasses.asdict(picture), "file": file}, ensure_ascii=False), sys.stdout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gspn2_diffusion.batch import manifest, plan
-from gspn2_diffusion.cli import adapters, options
+from gspn2_diffusion.cli import adapters, few_steps, options
 from gspn2_diffusion.cli.console import CliError, describe, fast_imports, quiet_libraries, say
 from gspn2_diffusion.cli.stopping import StopFlag
 
@@ -153,6 +154,8 @@ def _draw(request: Request, reporter: Reporter, stop: StopFlag) -> None:
     device = _device(request)
     dtype = options.resolve_dtype(request.dtype, device)
     pipe, folder = loading.load_pipeline(source, device, dtype)
+    quiet = reporter.quiet or request.rank > 0
+    request = dataclasses.replace(request, pictures=_with_few_steps(request.pictures, pipe, device, quiet))
     resolved = list(_resolve(request, pipe, folder, device, dtype))
     jobs, twice = plan.make_jobs(resolved, request.name, request.suffix)
     if twice and request.rank == 0:
@@ -170,6 +173,20 @@ def _draw(request: Request, reporter: Reporter, stop: StopFlag) -> None:
         runner.run(_without_impossible(left, pipe, runner))
     finally:  # the clock of the day may be set back meanwhile
         reporter.ended = reporter.started + time.perf_counter() - begin
+
+
+def _with_few_steps(
+    pictures: list[plan.Picture], pipe: GSPN2Pipeline, device: torch.device, quiet: bool
+) -> list[plan.Picture]:
+    """The pictures, those that leave it to the device decided."""
+    from gspn2_diffusion.pipelines.model_folders import own_sampling
+
+    decided: dict[bool | None, dict[str, Any]] = {True: {}, False: {}, None: {"few_steps": False}}
+    for wanted in {picture.few_steps for picture in pictures}:
+        if few_steps.choose(wanted, False, pipe.config, device.type, quiet) and wanted is None:
+            steps, guidance = own_sampling(pipe.config, None, None, few_steps=True)
+            decided[None] = {"few_steps": True, "steps": steps, "guidance": guidance}
+    return [dataclasses.replace(picture, **decided[picture.few_steps]) for picture in pictures]
 
 
 def _device(request: Request) -> torch.device:
@@ -203,6 +220,7 @@ def _resolve(
                 height=picture.height or pipe.default_size,
                 width=picture.width or pipe.default_size,
                 loras=[request.loras[name].used(weight) for name, weight in picture.loras],
+                few_steps=bool(picture.few_steps),
                 **common,
             ),
         )
@@ -218,7 +236,7 @@ def _runner(
     switch = adapters.LoraSwitch(pipe, request.loras.values())
 
     def draw(settings: Sequence[GenerationSettings]) -> rendering.Drawn:
-        switch.use(settings[0].loras)
+        switch.use(settings[0].loras, settings[0].few_steps)
         return rendering.draw_batch(pipe, settings)
 
     def drawn(height: int, width: int, count: int) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gspn2_diffusion.batch.prompts import MAX_SEED
-from gspn2_diffusion.cli import adapters, defaults, options
+from gspn2_diffusion.cli import adapters, defaults, few_steps, options
 from gspn2_diffusion.cli.console import (
     CliError,
     UsageError,
@@ -35,7 +35,7 @@ MAX_RANDOM_SEED = 2**32 - 1
 
 @dataclass(frozen=True)
 class Request:
-    """The checked command line."""
+    """The checked command line. ``steps`` and ``guidance`` are without few steps, ``named`` as given."""
 
     prompt: str
     negative: str
@@ -49,6 +49,9 @@ class Request:
     device: str
     dtype: str
     loras: list[tuple[adapters.Lora, float]]
+    few: bool | None
+    named: tuple[int | None, float | None]
+    quiet: bool
 
 
 def generate(
@@ -81,6 +84,7 @@ def generate(
     width: options.WidthOption = None,
     count: options.CountOption = 1,
     negative: options.NegativeOption = "",
+    few: few_steps.Option = None,
     lora: options.LoraOption = None,
     lora_dir: options.LoraDirOption = None,
     device: options.DeviceOption = "auto",
@@ -93,7 +97,9 @@ def generate(
     The file carries its settings, so the same command draws the same picture. Each file's name is written to
     standard output when the picture is finished.
     """
-    steps, guidance = options.sampling(options.check_text("--model", model), steps, guidance)
+    named = (steps, guidance)
+    few_steps.check(few, defaults.model_index(options.check_text("--model", model)) or None)
+    steps, guidance = options.sampling(model, steps, guidance)
     request = Request(
         prompt=_check_prompt(prompt),
         negative=options.check_text("--negative", negative),
@@ -107,6 +113,9 @@ def generate(
         device=options.check_device_name(device),
         dtype=options.check_dtype(dtype),
         loras=_find_loras(lora, lora_dir),
+        few=few,
+        named=named,
+        quiet=quiet,
     )
     options.check_writable(request.paths)
     with quiet_libraries(), Screen(quiet) as screen:
@@ -189,13 +198,14 @@ def _draw(request: Request, screen: Screen) -> Iterator[Path]:
     device = options.resolve_device(request.device)
     dtype = options.resolve_dtype(request.dtype, device)
     pipe, folder = loading.load_pipeline(source, device, dtype)
+    request, few = _resolve_few_steps(pipe, request, device.type)
     height, width = _resolve_size(pipe, request)
     common = common_settings(pipe, folder, loading.display_name(request.model), device, dtype)
-    settings = _settings(request, height, width, common)
+    settings = dataclasses.replace(_settings(request, height, width, common), few_steps=few)
     try:
-        adapters.LoraSwitch(pipe, [lora for lora, _ in request.loras]).use(settings.loras)
+        adapters.LoraSwitch(pipe, [lora for lora, _ in request.loras]).use(settings.loras, few)
     except ValueError as error:
-        raise CliError(f"--lora: {describe(error)}") from error
+        raise CliError(f"{'--lora: ' if request.loras else ''}{describe(error)}") from error
     for number, path in enumerate(request.paths):
         current = dataclasses.replace(settings, seed=request.seed + number)
         label = "drawing" if len(request.paths) == 1 else f"picture {number + 1}/{len(request.paths)}"
@@ -212,6 +222,17 @@ def _draw(request: Request, screen: Screen) -> Iterator[Path]:
         except OSError as error:
             raise CliError(f"{str(path)!r} cannot be written: {describe(error)}") from error
         yield path
+
+
+def _resolve_few_steps(pipe: GSPN2Pipeline, request: Request, device: str) -> tuple[Request, bool]:
+    """The request with the steps and guidance that are used, and whether in few steps."""
+    from gspn2_diffusion.pipelines.model_folders import own_sampling
+
+    named = any(value is not None for value in request.named) or bool(request.negative)
+    if not few_steps.choose(request.few, named, pipe.config, device, request.quiet):
+        return request, False
+    steps, guidance = own_sampling(pipe.config, *request.named, few_steps=True)
+    return dataclasses.replace(request, steps=steps, guidance=guidance), True
 
 
 def _resolve_size(pipe: GSPN2Pipeline, request: Request) -> tuple[int, int]:

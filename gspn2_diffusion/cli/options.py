@@ -94,13 +94,15 @@ DtypeOption = Annotated[
 ]
 
 
-def sampling(model: str, steps: int | None, guidance: float | None) -> tuple[int, float]:
-    """Steps and guidance of a command: those given, else the model's own.
+def sampling(
+    model: str, steps: int | None, guidance: float | None, few_steps: bool = False
+) -> tuple[int, float]:
+    """Steps and guidance of a command: those given, else the model's own, or its few-step adapter's.
 
     Raises:
         UsageError: the guidance is no finite number from 0.
     """
-    found = defaults.sampling(model, steps, guidance)
+    found = defaults.sampling(model, steps, guidance, few_steps)
     return found[0], check_guidance(found[1])
 
 

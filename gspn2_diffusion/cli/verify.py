@@ -72,6 +72,8 @@ def verify(
     if settings.source:
         raise CliError(f"{str(picture)!r} was drawn from another picture, which is not inside it")
     loras = _recorded_loras(settings, lora or [], lora_dir)
+    if settings.few_steps:
+        require_peft("a picture drawn in few steps")
     with quiet_libraries():
         before, after, now = _draw_again(picture, settings, model, device, loras)
     result = compare(before, after, tolerance)
@@ -125,7 +127,7 @@ def _draw_again(
         settings, loras=used, **common_settings(pipe, folder, settings.model, device, dtype)
     )
     try:
-        LoraSwitch(pipe, loras).use(used)
+        LoraSwitch(pipe, loras).use(used, settings.few_steps)
     except ValueError as error:
         raise CliError(describe(error)) from error
     image = draw_batch(pipe, [now]).images()[0]

@@ -40,7 +40,9 @@ def own_settings(pipeline: Any, steps: int | None, guidance: float | None) -> di
     """Steps and guidance that pictures are drawn with: what is given, else the model's own."""
     from gspn2_diffusion.pipelines.model_folders import own_sampling
 
-    return dict(zip(("steps", "guidance"), own_sampling(pipeline.config, steps, guidance), strict=True))
+    few_steps = getattr(pipeline, "few_steps_enabled", False)
+    found = own_sampling(pipeline.config, steps, guidance, few_steps)
+    return dict(zip(("steps", "guidance"), found, strict=True))
 
 
 def generate(
