@@ -161,6 +161,11 @@ FEATURES: dict[str, list[tuple[str, Probe | None, str | None]]] = {
             lora,
             MODEL + "diffusers_features.py::test_lora_on_the_mixer_projections",
         ),
+        (
+            "few-step adapter in the model's folder, `enable_few_steps`",
+            lambda peer: hasattr(peer.pipeline, "enable_few_steps"),
+            PIPE + "few_steps.py::test_on_and_off",
+        ),
     ],
     "Memory": [
         (
