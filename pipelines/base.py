@@ -35,6 +35,9 @@ class GSPN2PipelineBase(DenoisingPipeline, GSPN2LoraLoaderMixin, FastDenoiserMix
             of few steps need their own; for all others (None) they are 20 and 4.
         few_steps, few_steps_guidance_scale: the same with the few-step adapter that lies in the model's
             folder; None for a model without one. See :meth:`add_few_steps`.
+        balance_scans: at other sizes than that of training (the transformer's ``sample_size``) line scans
+            weigh as much as they did there; see :func:`~gspn2_diffusion.pipelines.low_memory.balanced_scans`.
+            Saved with the model: right for one that was trained at a single size.
 
     Raises:
         ValueError: ``vae`` has another scale.
@@ -59,6 +62,7 @@ class GSPN2PipelineBase(DenoisingPipeline, GSPN2LoraLoaderMixin, FastDenoiserMix
         default_guidance_scale: float | None = None,
         few_steps: int | None = None,
         few_steps_guidance_scale: float | None = None,
+        balance_scans: bool = False,
     ) -> None:
         super().__init__()
         self.register_modules(tokenizer=tokenizer, text_encoder=text_encoder, vae=vae)
@@ -71,6 +75,7 @@ class GSPN2PipelineBase(DenoisingPipeline, GSPN2LoraLoaderMixin, FastDenoiserMix
             default_guidance_scale=default_guidance_scale,
             few_steps=few_steps,
             few_steps_guidance_scale=few_steps_guidance_scale,
+            balance_scans=balance_scans,
         )
         if vae is not None:
             self.check_scale()

@@ -19,6 +19,7 @@ from gspn2_diffusion.models.caching import ONE_STATE
 from gspn2_diffusion.pipelines.call import CallInputs, Generators
 from gspn2_diffusion.pipelines.guidance import Guidance, apply_guider
 from gspn2_diffusion.pipelines.loading import LoadablePipeline
+from gspn2_diffusion.pipelines.low_memory import balanced_scans
 from gspn2_diffusion.pipelines.pipeline_output import GSPN2PipelineOutput, Pictures
 from gspn2_diffusion.pipelines.sampling import Tensors, conditioning, dynamic_shift_mu
 
@@ -155,7 +156,8 @@ class DenoisingPipeline(LoadablePipeline):
         step_options: dict[str, Any] = {"return_dict": False}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             step_options["generator"] = call.generator
-        with self.progress_bar(total=num_inference_steps) as progress:
+        scans = self.scan_scope(*tensors["latents"].shape[-2:])
+        with scans, self.progress_bar(total=num_inference_steps) as progress:
             for index, timestep in enumerate(timesteps):
                 if self.interrupt:
                     break
@@ -173,6 +175,11 @@ class DenoisingPipeline(LoadablePipeline):
                 if index == len(timesteps) - 1 or (index + 1) % order == 0:
                     progress.update()
         self._current_timestep = None
+
+    def scan_scope(self, height: int, width: int) -> AbstractContextManager[None]:
+        """What surrounds the steps on latents ``height`` x ``width``: scans in balance, where asked for."""
+        wanted = self.config.balance_scans
+        return balanced_scans(self.transformer, height, width) if wanted else nullcontext()
 
     def predict_velocity(self, tensors: Tensors, timestep: torch.Tensor, index: int = 0) -> torch.Tensor:
         """The guided velocity ``(N, C, h, w)`` float32 at one timestep, conditioned on ``tensors``.

@@ -63,17 +63,17 @@ def balanced_scans(transformer: Any, height: int, width: int) -> Iterator[None]:
 
     A scan adds up what it meets along its way, so its output grows with the number of lines, and a picture
     twice as large gets twice the mixing that the following layers are used to. Each direction's output is
-    therefore multiplied by the trained number of lines over the present one, if that is below 1.
+    therefore multiplied by the trained number of lines over the present one, below the trained size as well.
 
     Args:
         transformer: a ``GSPN2Transformer2DModel``; ``sample_size`` says what it was trained on.
         height, width: latents of the picture.
     """
     native = transformer.config.sample_size
-    vertical, horizontal = min(1.0, native / height), min(1.0, native / width)
+    vertical, horizontal = native / height, native / width
     shares = {"down": vertical, "up": vertical, "right": horizontal, "left": horizontal}
     scaled: list[tuple[nn.Module, Callable[..., Any]]] = []
-    if vertical < 1 or horizontal < 1:
+    if (vertical, horizontal) != (1, 1):
         for module in transformer.modules():
             if isinstance(module, GSPN2Mixer) and module.chunk_size is None:
                 factors = torch.tensor([shares[direction] for direction in module.directions])

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -231,14 +231,12 @@ class GSPN2SuperResPipeline(ImageConditionedPipeline):
             self.scheduler.set_begin_index(0)
         tensors = self.encode_call(call, device)
         tensors["latents"] = self.prepare_latents(1, *size, device, call.generator)
-        self._denoise(tensors, steps, count, call)
+        self.denoise(tensors, steps, count, call)
         return tensors["latents"]
 
-    def _denoise(self, tensors: dict[str, Any], steps: torch.Tensor, count: int, call: CallInputs) -> None:
-        height, width = tensors["latents"].shape[-2:]
-        balanced = balanced_scans(self.transformer, height, width) if self._balanced else nullcontext()
-        with balanced:
-            self.denoise(tensors, steps, count, call)
+    def scan_scope(self, height: int, width: int) -> AbstractContextManager[None]:
+        """As the other pipelines', but the call decides."""
+        return balanced_scans(self.transformer, height, width) if self._balanced else nullcontext()
 
     def _refine(
         self, call: CallInputs, latents: torch.Tensor, size: tuple[int, int], strength: float
@@ -254,7 +252,7 @@ class GSPN2SuperResPipeline(ImageConditionedPipeline):
         tensors["image_latents"] = latents
         tensors["noise"] = self.prepare_latents(1, *size, device, call.generator)
         tensors["latents"] = self.noised(tensors, 0)
-        self._denoise(tensors, steps, count, call)
+        self.denoise(tensors, steps, count, call)
         return tensors["latents"]
 
     def run_transformer(self, latents: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:

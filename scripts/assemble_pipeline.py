@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--default_guidance_scale", type=float, default=None, help="1 for a few-step model")
     parser.add_argument("--few_steps", type=Path, default=None, help="folder of a few-step adapter (lora/)")
     parser.add_argument("--few_steps_count", type=int, default=4, help="steps that the adapter draws in")
+    parser.add_argument("--balance_scans", action="store_true", help="of a model trained at one size")
     given = parser.parse_args(argv)
     from gspn2_diffusion.training.assembly import assemble, write_pipeline
 
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
             default_guidance_scale=given.default_guidance_scale,
             few_steps=given.few_steps,
             few_steps_count=given.few_steps_count,
+            balance_scans=given.balance_scans,
         )
         size = write_pipeline(pipeline, given.out, given.limit_mb)
     except (FileNotFoundError, ValueError) as error:

@@ -66,11 +66,13 @@ def assemble(
     default_guidance_scale: float | None = None,
     few_steps: Path | None = None,
     few_steps_count: int = 4,
+    balance_scans: bool = False,
 ) -> Any:
     """A `GSPN2Pipeline` from component folders, with a flow-matching Euler scheduler.
 
     `transformer` may also be a compact folder of a run, whose averaged weights are taken. `few_steps` is the
-    folder of an adapter that draws in `few_steps_count` steps without guidance.
+    folder of an adapter that draws in `few_steps_count` steps without guidance. `balance_scans` is for
+    models that were trained at one size.
 
     Raises:
         FileNotFoundError: a folder is missing.
@@ -94,6 +96,7 @@ def assemble(
         max_sequence_length=max_text_tokens,
         default_steps=default_steps,
         default_guidance_scale=default_guidance_scale,
+        balance_scans=balance_scans,
     )
     if few_steps is not None:
         pipeline.add_few_steps(few_steps, few_steps_count)

@@ -267,7 +267,7 @@ def mixer_input(mixer, tokens, height, width):
     return seen[0]
 
 
-def test_balance_matters_only_above_the_size_of_training(shared):
+def test_balance_matters_only_away_from_the_size_of_training(shared):
     small, large = ({"height": size, "width": size} for size in (16, 32))
     for options, differs in ((small, False), (large, True)):
         pictures = [draw(shared, **options, balance_scans=value).images for value in (True, False)]
