@@ -116,4 +116,4 @@ def _some(names: Any) -> str:
 def require_peft(method: str) -> None:
     """Raises ``ImportError`` unless peft is installed in a version that diffusers works with."""
     if not USE_PEFT_BACKEND:
-        raise ImportError(f"`{method}` needs the package peft, which is optional: pip install 'peft>=0.17'")
+        raise ImportError(f"`{method}` needs the package peft: pip install 'peft>=0.17'")
