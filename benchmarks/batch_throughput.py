@@ -195,6 +195,7 @@ def main() -> None:
         found["commit"] = options.commit
     settings = ("model", "pictures", "steps", "batch_size", "device", "repeats")
     found["settings"] = {name: getattr(options, name) for name in settings}
+    found["settings"]["model"] = Path(options.model).name
     name = str(found["gpu"]).replace(" ", "-") if found["gpu"] != "none" else "cpu"
     path = options.out or RESULTS / f"batch_throughput-{name}{'-x2' if gpus > 1 else ''}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
