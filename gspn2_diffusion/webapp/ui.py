@@ -185,15 +185,19 @@ class Page(Components):
             except gr.Error:
                 yield {self.status: status_html("")}
                 raise
-        yield {self.status: status_html(ending_line(total, checked.count))}
+        ending: dict[Any, Any] = {self.status: status_html(ending_line(total, checked.count))}
+        # Once more: of two draws that end together, the gallery of the one with fewer pictures may come last.
+        yield {**ending, **self._shelved(history)} if total else ending
 
     def _finished(self, record: Record, history: list[Record]) -> dict[Any, Any]:
         return {
             self.stage: picture_html(record.data_uri, record.caption),
-            self.gallery: gr.Gallery(gallery_items(history), visible=True),
-            self.history: history,
+            **self._shelved(history),
             self.head: self._head_html(),
         }
+
+    def _shelved(self, history: list[Record]) -> dict[Any, Any]:
+        return {self.gallery: gr.Gallery(gallery_items(history), visible=True), self.history: history}
 
     def _step(self, event: Waiting | Progress) -> dict[Any, Any]:
         updates: dict[Any, Any] = {self.status: status_html(*progress_line(event))}

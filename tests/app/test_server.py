@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import re
@@ -22,6 +23,7 @@ from PIL import Image
 from ports import reserved_port
 
 from gspn2_diffusion.png_metadata import read_settings
+from gspn2_diffusion.webapp.limits import DrawRequest
 
 gradio_client = pytest.importorskip(
     "gradio_client", reason='needs gradio: pip install "gspn2-diffusion[app]"'
@@ -293,6 +295,19 @@ def test_large_uploads_are_refused(client: Any, tmp_path: Path) -> None:
     path.write_bytes(b"\x89PNG" + b"\0" * 20_000_001)
     with pytest.raises(Exception, match=r"413|size|large"):
         client.predict(gradio_client.handle_file(path), api_name="/settings")
+
+
+def test_the_last_word_of_a_draw_shows_what_another_one_added(server: Any) -> None:
+    """Two buttons of one visitor draw at a time; whichever ends last has to show the pictures of both."""
+    page, history = server, []
+    size: dict[str, Any] = {"width": 32, "height": 16, "steps": 2, "guidance_scale": 4.0}
+    wish = DrawRequest("a red apple", "", **size, scheduler="euler", seed=1, count=1)
+    updates = []
+    for update in page._draw("generate", "somebody", wish, history, {}):
+        updates.append(update)
+        if len(history) == 1:  # and now the other button's picture
+            history.insert(0, dataclasses.replace(history[0], request=None))
+    assert len(updates[-1][page.gallery].value) == len(updates[-1][page.history]) == 2
 
 
 def test_a_visitor_who_leaves_during_an_upload(server: Any, caplog: pytest.LogCaptureFixture) -> None:
