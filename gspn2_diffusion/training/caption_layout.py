@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gspn2_diffusion.training.text import TextStates, encode_text
+from gspn2_diffusion.training.optim import set_learning_rate
+from gspn2_diffusion.training.schedule import learning_rate_factor
+from gspn2_diffusion.training.text import encode_text
 
 if TYPE_CHECKING:
     from gspn2_diffusion.training.captions import PlacedCaption, SceneWriter
@@ -63,12 +65,12 @@ def teach_layout(run: Run, model: Any, encoder: Any, writer: SceneWriter, *, ste
     generator = torch.Generator(run.device).manual_seed(seed)
     optimizer = torch.optim.AdamW(parameters, lr=_RATE, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = _RATE * min((step + 1) / _WARMUP, 2 * (1 - step / steps), 1.0)
+        factor = learning_rate_factor(step / steps, step, _WARMUP, decay_fraction=0.5)
+        set_learning_rate(optimizer, _RATE * factor)
         rows = torch.randint(len(pool.known), (batch,), device=run.device, generator=generator)
         part = pool.rows(rows)
         with run.autocast():
-            found = read_places(model, part.text, readout)
+            found = part.read(model, readout)
         error = (found - part.places).square().sum(-1) * part.known
         (error.sum() / part.known.sum().clamp(min=1)).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -85,23 +87,15 @@ def place_directions(dim: int, device: torch.device) -> Tensor:
     return (torch.linalg.qr(random).Q.T / _STRENGTH).to(device)
 
 
-def read_places(model: Any, text: TextStates, readout: Tensor) -> Tensor:
-    """What the caption layers say of every token's place: float32 (B, L, 3), x, y and size."""
-    tokens = model.encode_caption(text.hidden.to(model.caption_norm.weight.dtype), text.mask)
-    with torch.autocast(readout.device.type, enabled=False):
-        return tokens.float() @ readout.T
-
-
-def token_places(tokenize: Any, captions: Sequence[PlacedCaption]) -> tuple[Tensor, Tensor]:
+def token_places(captions: Sequence[PlacedCaption], offsets: Tensor) -> tuple[Tensor, Tensor]:
     """The truth for every token: (B, L, 3) x, y, size, and (B, L) whether it belongs to one thing's words.
 
-    Words that stand more than once in a caption ("cat" beside "cat face") are left out.
+    ``offsets (B, L, 2)`` say where tokens begin and end. Words that stand more than once in a caption ("cat"
+    beside "cat face") are left out.
     """
-    offsets = tokenize.offsets([item.caption for item in captions]).numpy()
     places = np.zeros((*offsets.shape[:2], 3), dtype=np.float32)
     known = np.zeros(offsets.shape[:2], dtype=np.float32)
-    for row, item in enumerate(captions):
-        first, last = offsets[row, :, 0], offsets[row, :, 1]
+    for row, (item, (first, last)) in enumerate(zip(captions, offsets.mT.numpy(), strict=True)):
         for words, *place in item.things:
             if item.caption.count(words) == 1:
                 start = item.caption.index(words)
@@ -115,25 +109,28 @@ def token_places(tokenize: Any, captions: Sequence[PlacedCaption]) -> tuple[Tens
 class _Pool:
     """Encoded captions with the truth for their tokens, all on the device."""
 
-    text: TextStates
+    hidden: Tensor
+    mask: Tensor
     places: Tensor
     known: Tensor
 
     def rows(self, chosen: Tensor) -> _Pool:
-        text = TextStates(self.text.hidden[chosen], self.text.mask[chosen], self.text.pooled[chosen])
-        return _Pool(text, self.places[chosen], self.known[chosen])
+        return _Pool(self.hidden[chosen], self.mask[chosen], self.places[chosen], self.known[chosen])
+
+    def read(self, model: Any, readout: Tensor) -> Tensor:
+        """What the caption layers say of every token's place: float32 (B, L, 3), x, y and size."""
+        tokens = model.encode_caption(self.hidden.to(model.caption_norm.weight.dtype), self.mask)
+        with torch.autocast(readout.device.type, enabled=False):
+            return tokens.float() @ readout.T
 
 
 def _encoded(encoder: Any, captions: list[PlacedCaption], device: torch.device) -> _Pool:
-    ids, mask = encoder.tokenize([item.caption for item in captions])
-    parts = [
-        encode_text(encoder.text_encoder, i.to(device), m.to(device))
-        for i, m in zip(ids.split(_ENCODED), mask.split(_ENCODED), strict=True)
-    ]
-    kinds = ("hidden", "mask", "pooled")
-    text = TextStates(*(torch.cat([getattr(part, kind) for part in parts]) for kind in kinds))
-    places, known = token_places(encoder.tokenize, captions)
-    return _Pool(text, places.to(device), known.to(device))
+    ids, mask, offsets = encoder.tokenize.with_offsets([item.caption for item in captions])
+    places, known = token_places(captions, offsets)
+    mask = mask.to(device)
+    parts = zip(ids.to(device).split(_ENCODED), mask.split(_ENCODED), strict=True)
+    hidden = torch.cat([encode_text(encoder.text_encoder, *part).hidden for part in parts])
+    return _Pool(hidden, mask, places.to(device), known.to(device))
 
 
 @torch.no_grad()
@@ -145,6 +142,6 @@ def _judge(run: Run, model: Any, encoder: Any, writer: SceneWriter, readout: Ten
         return float("nan")
     pool = _encoded(encoder, captions, run.device)
     with run.autocast():
-        found = read_places(model, pool.text, readout)
+        found = pool.read(model, readout)
     right = (found - pool.places)[..., :2].abs().amax(dim=-1) < _NEAR
     return float((right * pool.known).sum() / pool.known.sum())

@@ -47,15 +47,22 @@ class CaptionTokenizer:
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids int64 and mask bool, both (B, max_length)."""
-        rows = self._core.encode_batch(list(captions))
-        ids = np.array([row.ids for row in rows], dtype=np.int64)
-        mask = np.array([row.attention_mask for row in rows], dtype=bool)
-        return torch.from_numpy(ids), torch.from_numpy(mask)
+        return _ids_and_mask(self._core.encode_batch(list(captions)))
 
-    def offsets(self, captions: Sequence[str]) -> Tensor:
-        """Where each token begins and ends in its caption, int64 (B, max_length, 2); special ones: 0, 0."""
+    def with_offsets(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids and mask as from a call, and where each token begins and ends in its caption.
+
+        The offsets are int64 (B, max_length, 2); special tokens have 0, 0.
+        """
         rows = self._core.encode_batch(list(captions))
-        return torch.from_numpy(np.array([row.offsets for row in rows], dtype=np.int64))
+        offsets = np.array([row.offsets for row in rows], dtype=np.int64)
+        return *_ids_and_mask(rows), torch.from_numpy(offsets)
+
+
+def _ids_and_mask(rows: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    ids = np.array([row.ids for row in rows], dtype=np.int64)
+    mask = np.array([row.attention_mask for row in rows], dtype=bool)
+    return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
 @torch.no_grad()

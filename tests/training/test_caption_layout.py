@@ -1,14 +1,13 @@
 """Caption layers that learn from text alone where the things of a scene stand."""
 
-import importlib.util
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import tiny_models
 import tiny_training
 import torch
+import training_forks
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import BertPreTokenizer
@@ -77,9 +76,10 @@ def test_scenes_tell_where_their_things_stand(root):
 
 def test_tokens_of_a_thing_get_its_place(tokenize):
     caption = "a red apple, flat style"
-    places, known = token_places(tokenize, [PlacedCaption(caption, [("a red apple", -0.5, 0.25, 0.4)])])
+    ids, _, offsets = tokenize.with_offsets([caption])
+    places, known = token_places([PlacedCaption(caption, [("a red apple", -0.5, 0.25, 0.4)])], offsets)
     inside = known[0].bool()
-    words = tiny_models.tiny_tokenizer().convert_ids_to_tokens(tokenize([caption])[0][0][inside])
+    words = tiny_models.tiny_tokenizer().convert_ids_to_tokens(ids[0][inside])
     assert words == ["a", "red", "apple"]
     assert torch.equal(places[0, inside], torch.tensor([[-0.5, 0.25, 0.4]]).expand(3, -1))
     assert not places[0, ~inside].any()
@@ -87,7 +87,7 @@ def test_tokens_of_a_thing_get_its_place(tokenize):
 
 def test_words_that_stand_twice_are_left_out(tokenize):
     item = PlacedCaption("red above red apple", [("red", 0.0, -0.5, 0.4), ("red apple", 0.0, 0.5, 0.4)])
-    _, known = token_places(tokenize, [item])
+    _, known = token_places([item], tokenize.with_offsets([item.caption])[2])
     assert known.sum() == 2
 
 
@@ -116,10 +116,7 @@ def test_a_run_teaches_once(root):
     settings = json.loads((root / "models" / "transformer.json").read_text())
     grown = root / "grown.json"
     grown.write_text(json.dumps(settings | {"num_caption_layers": 1}))
-    path = Path(__file__).parents[2] / "scripts" / "train_text_to_image.py"
-    spec = importlib.util.spec_from_file_location("train_text_to_image", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = training_forks.script("train_text_to_image")
 
     def train(output, **changes):
         options = {"transformer_config": grown, "caption_layout_steps": 2, "caption_layout_batch": 4}
