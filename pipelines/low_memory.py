@@ -73,14 +73,16 @@ def balanced_scans(transformer: Any, height: int, width: int) -> Iterator[None]:
     vertical, horizontal = native / height, native / width
     shares = {"down": vertical, "up": vertical, "right": horizontal, "left": horizontal}
     scaled: list[tuple[nn.Module, Callable[..., Any]]] = []
+    factors: dict[Any, torch.Tensor] = {}  # layers are alike: one copy to the device, not one for each
     if (vertical, horizontal) != (1, 1):
         for module in transformer.modules():
             if isinstance(module, GSPN2Mixer) and module.chunk_size is None:
-                factors = torch.tensor([shares[direction] for direction in module.directions])
-                factors = factors.repeat_interleave(module.proxy_dim).to(
-                    transformer.device, transformer.dtype
-                )
-                scaled.append((module.to_out, _scaled(module.to_out.forward, factors)))
+                kind = (module.directions, module.proxy_dim)
+                if kind not in factors:
+                    one = torch.tensor([shares[direction] for direction in module.directions])
+                    wide = one.repeat_interleave(module.proxy_dim)
+                    factors[kind] = wide.to(transformer.device, transformer.dtype)
+                scaled.append((module.to_out, _scaled(module.to_out.forward, factors[kind])))
     with _replaced(scaled):
         yield
 
