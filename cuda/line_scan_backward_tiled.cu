@@ -270,7 +270,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
 #pragma unroll
   for (int r = 0; r < RUN; ++r) {
     const int q = at.first + r;
-    own[r] = at.used && q >= k.halo && q < k.halo + k.own;
+    own[r] = at.used && at.c < k.channels && q >= k.halo && q < k.halo + k.own;
     wants_du[r] = own[r] && a.du;
     at_wide[r] = m.wide.at(q, slice) + at.c, at_narrow[r] = m.narrow.at(own[r] ? q - k.halo : 0, slice) + at.c;
 #pragma unroll

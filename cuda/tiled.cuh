@@ -28,7 +28,7 @@
 
 struct Tiling {
   int64 batch, height, width, channels, groups, directions, packed_directions, chunk_size, chunks;
-  int64 slice, slices;                    // channels of a slice, slices of all channels
+  int64 slice, slices;                    // channels of a slice, slices of all channels; the last may overhang
   int64 halo;                             // lines between two exchanges of a cluster; 0 without a cluster
   int64 stage_lines;                      // lines of a stage; divides halo
   int64 tile_vertical, tile_horizontal;   // positions of a tile, for the vertical and horizontal directions
@@ -41,7 +41,7 @@ struct Tiling {
 __device__ __forceinline__ int boxes_of(const Tiling& t) { return ACCELERATOR ? (int)t.boxes : 1; }
 
 struct Tile : Stretch {
-  int slice, channel, group, rank;
+  int slice, channel, channels, group, rank;  // channels: those that really exist from `channel` on
   int start, width, own;    // first position, nominal width (layout), positions that really exist
   int halo, extended;       // positions on either side, width + 2 halo
 };
@@ -55,6 +55,7 @@ template <int CLUSTER> __device__ __forceinline__ Tile make_tile(const Tiling& t
   const bool vertical = k.direction == DOWN || k.direction == UP;
   k.width = (int)(vertical ? t.tile_vertical : t.tile_horizontal);
   k.channel = k.slice * (int)t.slice;
+  k.channels = (int)t.channels - k.channel;
   k.group = k.channel / (int)(t.channels / t.groups);
   k.start = k.rank * k.width;
   k.own = max(0, min(k.width, k.positions - k.start));

@@ -19,7 +19,7 @@ from gspn2_diffusion.ops.plane_plans import PlaneTile, plane_plan
 from gspn2_diffusion.ops.plans import Problem, Tile, tiled_plan
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (33, 65), (64, 64), (1023, 17), (1100, 40)]
-CHANNELS = [(1, 1), (5, 1), (48, 1), (16, 2), (8, 8)]  # (C, G)
+CHANNELS = [(1, 1), (5, 1), (40, 1), (48, 1), (16, 2), (8, 8)]  # (C, G)
 CHUNKS = [0, 3]
 DIRECTIONS = [0, 1, 2, 3]
 
@@ -51,6 +51,8 @@ TILES: list[tuple[tuple[int, int], int, Tile]] = [
     ((130, 97), 32, Tile(8, 1, 32, 7, 2, 2)),
     ((150, 190), 64, Tile(8, 1, 32, 8, 8, 2)),
     ((310, 318), 16, Tile(8, 1, 16, 16, 8, 2)),
+    ((61, 90), 72, Tile(4, 1, 32, 2, 8, 2)),
+    ((300, 17), 24, Tile(8, 1, 16, 1, 0, 1)),
 ]
 PLANES = [((40, 136), PlaneTile(1)), ((260, 264), PlaneTile(2))]  # (H, W) of one channel, tile
 
@@ -97,6 +99,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="leave out the two tall shapes")
     parser.add_argument("--tall", action="store_true", help="only the two tall shapes")
     parser.add_argument("--tiles", action="store_true", help="only the tiles that are asked for by name")
+    parser.add_argument("--channels", type=int, nargs="+", help="only shapes with so many channels")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this needs a CUDA GPU")
@@ -104,17 +107,18 @@ def main() -> None:
         [] if options.tiles else SHAPES[:-2] if options.small else SHAPES[-2:] if options.tall else SHAPES
     )
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    cases = list(itertools.product(shapes, CHANNELS, CHUNKS, dtypes))
-    for index, (size, (channels, groups), chunk_size, dtype) in enumerate(cases):
-        run_case(size, channels, groups, chunk_size, dtype, with_u=index % 2 == 0)
+    channels = [each for each in CHANNELS if not options.channels or each[0] in options.channels]
+    cases = list(itertools.product(shapes, channels, CHUNKS, dtypes))
+    for index, (size, (count, groups), chunk_size, dtype) in enumerate(cases):
+        run_case(size, count, groups, chunk_size, dtype, with_u=index % 2 == 0)
         if index % 10 == 9:
             torch.cuda.synchronize()
             print(f"{index + 1} of {len(cases)} cases", flush=True)
     if not options.tall:
         clusters = cupy_backend.clusters(torch.cuda.current_device())
-        for size, channels, tile in TILES:
+        for size, count, tile in TILES:
             if tile.cluster in clusters:
-                run_tile(size, channels, tile)
+                run_tile(size, count, tile)
                 torch.cuda.synchronize()
                 print(tile, flush=True)
         for size, plane in PLANES:

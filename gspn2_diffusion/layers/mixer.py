@@ -11,7 +11,9 @@ from gspn2_diffusion.ops.line_scan import BACKENDS, DIRECTIONS, line_scan
 
 # Rows of the scan projection are padded to a multiple of this many features: 16 bytes in half precision, so
 # that every pixel's lam and u can be read as 16-byte vectors and the matrix product stays on tensor cores.
-_ROW_MULTIPLE = 8
+# torch.compile pads rows of more than 1,024 elements to 128 bytes by itself, after which it would copy every
+# view of them; rows that are padded already stay in place.
+_ROW_MULTIPLE, _LONG_ROW, _LONG_ROW_MULTIPLE = 8, 1024, 64
 
 
 def check_scan_backend(backend: str) -> str:
@@ -42,8 +44,8 @@ class GSPN2Mixer(nn.Module):
     where a line begins.
 
     Feature layout of ``to_scan``: ``lam (D, P) | u (D, P) | weight (D, G, 3) | padding``. The padding (at
-    most 7 features, initialised to zero and never read) keeps rows at a multiple of 16 bytes in half
-    precision.
+    most 7 features, 63 of more than 1,024; initialised to zero and never read) keeps rows at a multiple of
+    16 bytes in half precision, long ones of 128.
 
     Initialisation: lam's bias is 1/4, u's is 1 and the weights' raw bias is 0 (one third for each
     neighbour). A fresh mixer is then close to a plain blurring scan; lam is below 1 because a scan sums
@@ -91,9 +93,10 @@ class GSPN2Mixer(nn.Module):
 
     @property
     def scan_dim(self) -> int:
-        """Output features of ``to_scan``: ``D * (2*P + 3*G)`` rounded up to a multiple of 8."""
+        """Output features of ``to_scan``: ``D * (2*P + 3*G)`` and the padding."""
         used = len(self.directions) * (2 * self.proxy_dim + 3 * self.num_weight_groups)
-        return -(-used // _ROW_MULTIPLE) * _ROW_MULTIPLE
+        multiple = _ROW_MULTIPLE if used <= _LONG_ROW else _LONG_ROW_MULTIPLE
+        return -(-used // multiple) * multiple
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -137,11 +140,10 @@ class GSPN2Mixer(nn.Module):
         count = len(self.directions) * self.proxy_dim
         gates = (len(self.directions), self.proxy_dim)
         taps = (len(self.directions), self.num_weight_groups, 3)
-        scan = scan.unflatten(1, (height, width))
-        lam = scan[..., :count].unflatten(-1, gates)
-        u = scan[..., count : 2 * count].unflatten(-1, gates)
-        weight = scan[..., 2 * count : 2 * count + taps[0] * taps[1] * 3].unflatten(-1, taps)
-        return lam, u, weight
+        sizes = (count, count, taps[0] * taps[1] * 3)
+        # Split at once: the gradients of the parts are then put together at once, too.
+        lam, u, weight, _ = scan.unflatten(1, (height, width)).split((*sizes, self.scan_dim - sum(sizes)), -1)
+        return lam.unflatten(-1, gates), u.unflatten(-1, gates), weight.unflatten(-1, taps)
 
     def extra_repr(self) -> str:
         return (

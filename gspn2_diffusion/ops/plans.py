@@ -190,7 +190,7 @@ def check_grid(grid: int, problem: Problem) -> None:
 def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int) -> Plan | None:
     """The launch of one tile choice, or None where it does not fit the problem or the GPU."""
     lanes = tile.slice // tile.vec
-    if problem.per_group % tile.slice or tile.slice % tile.vec:
+    if tile.slice % tile.vec or (problem.per_group % tile.slice and not _may_overhang(problem, tile)):
         return None
     if problem.backward and (lanes > 32 or lanes & (lanes - 1)):
         return None  # sums over the lanes of a position are made by shuffles
@@ -216,7 +216,7 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
         return None
     if tile.stage_lines * (extended + 2) > WEIGHERS * ITEMS:
         return None
-    slices = problem.channels // tile.slice
+    slices = ceil_div(problem.channels, tile.slice)
     chunks = ceil_div(problem.lines, problem.chunk_lines)
     grid = tile.cluster * slices * chunks * len(problem.directions) * problem.batch
     check_grid(grid, problem)
@@ -252,6 +252,11 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
     )
 
 
+def _may_overhang(problem: Problem, tile: Tile) -> bool:
+    """Whether the last slice may end behind the last channel, where the accelerator reads zeros."""
+    return problem.groups == 1 and tile.slice < problem.channels
+
+
 def tiled_shared_bytes(problem: Problem, tile: Tile, width: int, boxes: int, consumers: int) -> int:
     """Shared memory of a block with ``width`` positions of its own: ``struct Memory`` of the kernels."""
     extended = width + 2 * tile.halo
@@ -282,11 +287,20 @@ _POWERS = (1, 2, 4, 8, 16)
 _MOST_OF_THREE = 128
 
 
+_CHUNKS = (1, 2, 4, 8, 6)  # of 16 bytes in a row; those of 48 bytes straddle the sectors of memory
+_SHORT_ROW = 4  # below so many chunks the accelerator copies a row no faster than one of 64 bytes
+
+
 def tiles(problem: Problem, clusters: Sequence[int] = (1, 2, 3, 4, 5, 7, 8, 16)) -> Iterator[Tile]:
-    """Every tile choice worth trying; :func:`tiled_plan` sorts out those that fit."""
+    """Every tile choice worth trying; :func:`tiled_plan` sorts out those that fit.
+
+    Where only short rows divide the channels, as with 280, also longer ones of which the last overhangs; it
+    takes the accelerator, which comes with clusters.
+    """
     chunk = 16 // problem.itemsize
-    # Rows of 48 bytes, 24 channels in half precision, straddle the sectors of memory.
-    for size, (vec, run), cluster in itertools.product((1, 2, 4, 8, 6), RUNS, clusters):
+    exact = [size for size in _CHUNKS if problem.per_group % (size * chunk) == 0]
+    overhang = len(clusters) > 1 and 0 < max(exact, default=0) < _SHORT_ROW
+    for size, (vec, run), cluster in itertools.product(_CHUNKS if overhang else exact, RUNS, clusters):
         for stage_lines, halo in itertools.product((1, 2, 4), (0,) if cluster == 1 else (2, 4, 8)):
             yield Tile(vec * 2 // problem.itemsize, run, size * chunk, cluster, halo, stage_lines)
 

@@ -128,6 +128,26 @@ def test_flipping_the_picture_swaps_the_roles_of_the_directions(flip, order, mir
     assert not torch.allclose(mixer(flipped, 3, 5).unflatten(1, (3, 5)), out.flip(flip), atol=1e-2)
 
 
+def test_long_rows_are_padded_to_128_bytes():
+    """As torch.compile would pad them."""
+    with torch.device("meta"):
+        assert [GSPN2Mixer(dim).scan_dim for dim in (384, 640, 1152, 2240)] == [400, 656, 1216, 2304]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [384, 1152])
+def test_a_compiled_mixer_copies_nothing(dim):
+    """Three matrix products and a scan."""
+    from torch._inductor.utils import run_and_get_code
+
+    mixer = GSPN2Mixer(dim, backend="cupy").to("cuda", torch.bfloat16)
+    tokens = torch.randn(1, 64 * 64, dim, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        _, codes = run_and_get_code(torch.compile(mixer, fullgraph=True), tokens, 64, 64)
+    assert codes
+    assert not any("triton_" in line and ".run(" in line for code in codes for line in code.splitlines())
+
+
 def test_transposing_the_picture_swaps_rows_and_columns():
     mixer = make_mixer().double()
     swapped = _swap_features(mixer, [2, 3, 0, 1], [])

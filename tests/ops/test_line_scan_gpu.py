@@ -28,7 +28,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SHAPES)
-@pytest.mark.parametrize(("channels", "groups"), [(1, 1), (5, 1), (48, 1), (6, 2), (16, 2), (7, 7), (8, 8)])
+@pytest.mark.parametrize(
+    ("channels", "groups"), [(1, 1), (5, 1), (40, 1), (48, 1), (6, 2), (16, 2), (7, 7), (8, 8)]
+)
 def test_shapes(size, channels, groups, dtype):
     assert_matches(make_inputs(2, *size, channels, groups, dtype=dtype, device="cuda"), "cupy")
 

@@ -34,6 +34,7 @@ PROBLEMS = [
         (16, 1024, 1024, 8, 1),
         (1, 2048, 1000, 64, 1),
         (2, 1, 7, 8, 1),
+        (1, 128, 128, 280, 1),
     ]
     for size in (2, 4)
     for back in (False, True)
@@ -50,7 +51,8 @@ def test_every_tile_keeps_to_the_kernels_rules(problem):
         lanes = tile.slice // tile.vec
         row_bytes = tile.slice * problem.itemsize
         assert tile.slice == lanes * tile.vec
-        assert problem.per_group % tile.slice == 0
+        assert problem.per_group % tile.slice == 0 or (problem.groups == 1 and tile.slice < problem.channels)
+        assert plan.parameters[plan.parameters.index(tile.slice, 9) + 1] * tile.slice >= problem.channels
         assert row_bytes % 16 == 0
         assert (tile.halo > 0) == (tile.cluster > 1)
         assert plan.shared_bytes <= LIMIT
@@ -99,6 +101,22 @@ def test_clusters_only_where_the_gpu_has_them():
     assert with_clusters is not None
     assert without is not None
     assert with_clusters.cluster > 1 == without.cluster
+
+
+def test_the_last_slice_overhangs_where_only_short_ones_divide_the_channels():
+    def slices(channels: int, clusters: tuple[int, ...] = CLUSTERS, groups: int = 1) -> set[int]:
+        problem = dataclasses.replace(PROBLEM, channels=channels, groups=groups)
+        found = [(t.slice, tiled_plan(problem, t, True, LIMIT)) for t in tiles(problem, clusters)]
+        return {size for size, plan in found if plan is not None}
+
+    assert slices(280) == {8, 16, 32, 48, 64}
+    assert slices(280, clusters=(1,)) == {8}  # without the accelerator
+    assert slices(280, groups=5) == {8}  # a slice belongs to one group
+    assert slices(24) == {8, 16}  # never longer than all channels
+    assert slices(96) == {8, 16, 32, 48}
+    chosen = choose_tile(dataclasses.replace(PROBLEM, channels=280), CLUSTERS, LIMIT, PROCESSORS)
+    assert chosen is not None
+    assert chosen.slice >= 32
 
 
 def test_nothing_tiled_fits_a_line_that_is_too_long():
