@@ -52,7 +52,7 @@ TILES: list[tuple[tuple[int, int], int, Tile]] = [
     ((150, 190), 64, Tile(8, 1, 32, 8, 8, 2)),
     ((310, 318), 16, Tile(8, 1, 16, 16, 8, 2)),
     ((61, 90), 72, Tile(4, 1, 32, 2, 8, 2)),
-    ((300, 17), 24, Tile(8, 1, 16, 1, 0, 1)),
+    ((300, 17), 24, Tile(8, 3, 16, 1, 0, 1)),
 ]
 PLANES = [((40, 136), PlaneTile(1)), ((260, 264), PlaneTile(2))]  # (H, W) of one channel, tile
 
