@@ -35,7 +35,8 @@ def write_document(results: Path, document: Path) -> Path:
         document: the Markdown file.
     """
     studies = {name: _read(results / f"{name}.json") for name in ("mixers", "ablations")}
-    evaluations = {path.stem: _read(path) for path in sorted(results.glob("evaluation-*.json"))}
+    files = {path.stem: path for path in results.glob("evaluation-*.json")}
+    evaluations = {name: _read(files[name]) for name in sorted(files)}
     parts = [
         "# Results",
         "Made by `python scripts/compare_mixers.py report` from the files in `benchmarks/results`; nothing "

@@ -104,13 +104,15 @@ class PictureFeed:
         depth: int,
     ) -> None:
         self._device = device
-        pin = device.type == "cuda"
+        gpu: int | None = None
+        if device.type == "cuda":  # a single process's device has no index
+            gpu = torch.cuda.current_device() if device.index is None else device.index
 
         def make(count: int) -> LatentBatch:
             batch = read_batch(latents, texts, plan.batch(first + count * stride))
-            if not pin:
+            if gpu is None:
                 return batch
-            torch.cuda.set_device(device)  # a new thread starts on the first GPU
+            torch.cuda.set_device(gpu)  # a new thread starts on the first GPU
             text = batch.text
             pinned = TextStates(text.hidden.pin_memory(), text.mask.pin_memory(), text.pooled.pin_memory())
             return LatentBatch(batch.latents.pin_memory(), pinned)
