@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +37,20 @@ def build_tiny_pipeline(**transformer_config: Any) -> GSPN2Pipeline:
         scheduler=FlowMatchEulerDiscreteScheduler(),
         max_sequence_length=MAX_TOKENS,
     )
+
+
+def save_with_few_steps(folder: Path, steps: int = 3, **transformer_config: Any) -> Path:
+    """A tiny pipeline that has an adapter for so many steps, in a folder; needs peft."""
+    from peft import LoraConfig
+
+    pipe = build_tiny_pipeline(**transformer_config)
+    config = LoraConfig(r=2, lora_alpha=20, target_modules=["to_scan", "proj_out"], init_lora_weights=False)
+    pipe.transformer.add_adapter(config)
+    pipe.save_lora_weights(folder.with_suffix(".adapter"))
+    pipe.unload_lora_weights()
+    pipe.add_few_steps(folder.with_suffix(".adapter"), steps)
+    pipe.save_pretrained(folder)
+    return folder
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerBase:

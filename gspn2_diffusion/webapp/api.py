@@ -95,6 +95,7 @@ def _generate(app: App) -> Callable[..., Answer]:
         model: str,
         lora: str,
         lora_weight: float,
+        few_steps: bool,
         request: gr.Request,
     ) -> Answer:
         """Draws ``count`` pictures; a seed of -1 is a random one. Returns the PNG files and their settings.
@@ -124,6 +125,7 @@ def _img2img(app: App) -> Callable[..., Answer]:
         model: str,
         lora: str,
         lora_weight: float,
+        few_steps: bool,
         strength: float,
         request: gr.Request,
     ) -> Answer:
@@ -161,6 +163,7 @@ def _inpaint(app: App) -> Callable[..., Answer]:
         model: str,
         lora: str,
         lora_weight: float,
+        few_steps: bool,
         strength: float,
         request: gr.Request,
     ) -> Answer:
@@ -201,6 +204,7 @@ def _propagation(app: App) -> Callable[..., dict[str, Any]]:
         model: str,
         lora: str,
         lora_weight: float,
+        few_steps: bool,
         layer: float,
         step: float,
         x: float,

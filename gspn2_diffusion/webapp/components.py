@@ -17,6 +17,11 @@ from gspn2_diffusion.webapp.vocabulary import ASPECTS
 FREE = "free"
 
 
+def few_steps_label(steps: int | None) -> str:
+    """Of the box that switches a model's few-step adapter on."""
+    return f"Fast: {steps or 'few'} steps, without guidance"
+
+
 class Components:
     """Builds the form on the left and the results on the right, inside the caller's ``gr.Blocks``.
 
@@ -49,6 +54,7 @@ class Components:
             self.generate = gr.Button("Generate", variant="primary", scale=3, elem_id="g2-generate")
             self.stop = gr.Button("Stop", variant="stop", scale=1, min_width=90, elem_id="g2-stop")
         self._build_size()
+        self._build_few_steps()
         with gr.Accordion("More settings", open=False):
             self._build_more()
         with gr.Accordion("Start from a picture", open=False) as self.start:
@@ -101,9 +107,19 @@ class Components:
                     elem_id=f"g2-{name}",
                 )
 
+    def _build_few_steps(self) -> None:
+        shelf = self.app.shelf
+        self.form["few_steps"] = gr.Checkbox(
+            self.app.starts_with_few_steps,
+            label=few_steps_label(shelf.few_steps("")),
+            visible=bool(shelf.few_steps("")),
+            container=False,
+            elem_id="g2-few-steps",
+        )
+
     def _build_more(self) -> None:
         limits, form = self.app.limits, self.form
-        steps, guidance = self.app.shelf.sampling("")
+        steps, guidance = self.app.shelf.sampling("", self.app.starts_with_few_steps)
         form["negative_prompt"] = gr.Textbox(
             "", label="Negative prompt", placeholder="what to keep out", max_length=MAX_PROMPT
         )

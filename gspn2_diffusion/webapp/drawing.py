@@ -101,8 +101,9 @@ def _pipes(pipe: Any) -> dict[str, Any]:
     found = {"text": pipe}
     kinds: dict[str, Any] = {"img2img": GSPN2Img2ImgPipeline, "inpaint": GSPN2InpaintPipeline}
     kinds["enlarge"] = GSPN2SuperResPipeline
+    kept = {name: pipe.config[name] for name in ("max_sequence_length", "balance_scans")}
     for task, kind in kinds.items():
-        found[task] = kind(**pipe.components, max_sequence_length=pipe.config.max_sequence_length)
+        found[task] = kind(**pipe.components, **kept)
         found[task].set_progress_bar_config(disable=True)
     return found
 
@@ -140,7 +141,7 @@ def draw_one(
 
     if stop.is_set():
         raise Stopped
-    loras = switch_lora(loaded, shelf, request)
+    loras = switch_adapters(loaded, shelf, request)
     pipe = loaded.pipes[request.task]
     pipe.scheduler = build_scheduler(request.scheduler, loaded.own_scheduler)
     scheduler, config = loading.scheduler_settings(pipe)
@@ -177,23 +178,25 @@ def draw_one(
         scheduler=scheduler,
         scheduler_config=config,
         loras=loras,
+        few_steps=request.few_steps,
         source=_source(request),
     )
     return pipe.image_processor.numpy_to_pil(array)[0], settings
 
 
-def switch_lora(loaded: Loaded, shelf: Shelf, request: DrawRequest) -> list[dict[str, Any]]:
-    """Makes the model use the request's LoRA, or none; returns what settings record of it.
+def switch_adapters(loaded: Loaded, shelf: Shelf, request: DrawRequest) -> list[dict[str, Any]]:
+    """Makes the model use the request's LoRA and few steps, or none; returns what settings record of LoRAs.
 
     Raises:
         AppError: it does not fit the model.
     """
     loras = [shelf.loras[request.lora].used(request.lora_weight)] if request.lora else []
     try:
-        loaded.switch.use(loras)
+        loaded.switch.use(loras, request.few_steps)
     except ValueError:
-        logger.exception("%s cannot be used", request.lora)
-        raise AppError(f"The LoRA {request.lora} does not fit this model.") from None
+        logger.exception("%s or few steps cannot be used", request.lora or "no LoRA")
+        what = f"The LoRA {request.lora}" if request.lora else "The few-step adapter"
+        raise AppError(f"{what} does not fit this model.") from None
     return loras
 
 

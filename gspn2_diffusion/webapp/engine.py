@@ -133,6 +133,16 @@ class Engine:
         logger.info("%s is ready after %.1f s", name, time.monotonic() - started)
         return self._loaded
 
+    def draws_on_cpu(self) -> bool:
+        """Whether the wanted device is, or turns out to be, the CPU."""
+        from gspn2_diffusion.cli.console import CliError
+        from gspn2_diffusion.cli.options import resolve_device
+
+        try:
+            return resolve_device(self._wanted[0]).type == "cpu"
+        except CliError:  # loading says what is wrong
+            return False
+
     def info(self) -> dict[str, Any]:
         """What runs, for people and programs; never a path."""
         loaded = self._loaded
@@ -207,7 +217,7 @@ class Engine:
             raise AppError("No layer of this model scans lines.")
         layer = min(layers, key=lambda index: abs(index - layer))
         recorder, calls = self._record(loaded, request, step, stop, put)
-        drawing.switch_lora(loaded, self.shelf, request)
+        drawing.switch_adapters(loaded, self.shelf, request)
         call = min(recorder.proxies, key=lambda index: abs(index - step * (calls - 1)))
         rows, columns = recorder.grid
         token = min(int(point[1] * rows), rows - 1), min(int(point[0] * columns), columns - 1)

@@ -58,6 +58,7 @@ FORM = (
     "model",
     "lora",
     "lora_weight",
+    "few_steps",
 )
 
 
@@ -77,6 +78,8 @@ class App:
         source = self.shelf.models[self.shelf.first]
         self.base = max(limits.min_side, min(base_size(source), limits.side) // SIZE_STEP * SIZE_STEP)
         self.layers = max(layer_count(source) for source in self.shelf.models.values())
+        # On a CPU the page starts with few steps where the first model has them.
+        self.starts_with_few_steps = bool(self.shelf.few_steps("")) and engine.draws_on_cpu()
 
     def has_chips(self, model: str) -> bool:
         """Whether a model knows the words of the chips."""
@@ -96,6 +99,7 @@ class App:
         """
         values["model"] = self.shelf.check_model(_name(values.get("model")))
         values["lora"] = self.shelf.check_lora(_name(values.get("lora")))
+        values["few_steps"] = bool(values.get("few_steps")) and bool(self.shelf.few_steps(values["model"]))
         if not self.has_chips(values["model"]):
             style = background = ""
         if values.get("picture") is not None:
@@ -125,9 +129,15 @@ class App:
             raise AppError(f"Pictures of more than {most} pixels along a side are not drawn here.")
         with Image.open(record.path) as picture:
             image = picture.convert("RGB")
-        return dataclasses.replace(
+        refined = dataclasses.replace(
             before, width=width, height=height, picture=image, mask=None, strength=REFINEMENT, enlarge=True
         )
+        if not before.few_steps:
+            return refined
+        # A third of a few steps would be a single one.
+        steps, guidance = self.shelf.sampling(before.model)
+        steps = min(steps, self.limits.steps)
+        return dataclasses.replace(refined, few_steps=False, steps=steps, guidance_scale=guidance)
 
     def draw(self, visitor: Hashable, request: DrawRequest) -> Generator[Event | Record, None, None]:
         """The engine's events; a finished picture also comes as a record, right after its event."""
@@ -227,7 +237,7 @@ class App:
             now: the controls' present values, kept where the picture does not say or says too much.
         """
         prompt, style, background = split_prompt(found.prompt, self.words)
-        values = {"prompt": prompt, "style": style or "", "background": background or ""}
+        values: dict[str, Any] = {"prompt": prompt, "style": style or "", "background": background or ""}
         values["negative_prompt"] = found.negative_prompt
         notes = [found.note] if found.note else []
         steps, guidance = found.steps, found.guidance_scale
@@ -243,6 +253,7 @@ class App:
             if value is not None and not fits:
                 notes.append(f"{name.replace('_', ' ')} {value} is not possible here")
         values["scheduler"] = scheduler_name(found.scheduler) or now["scheduler"]
+        values["few_steps"] = now["few_steps"] if found.few_steps is None else found.few_steps
         if found.scheduler and not scheduler_name(found.scheduler):
             notes.append(f"the scheduler {found.scheduler} is not on offer")
         notes += self._take_names(found, values, now)
@@ -251,6 +262,8 @@ class App:
     def _take_names(self, found: Restored, values: dict[str, Any], now: dict[str, Any]) -> list[str]:
         """Model and LoRA, as far as they are on the shelf, into ``values``."""
         values["model"] = found.model if found.model in self.shelf.models else now["model"]
+        without = values["few_steps"] and not self.shelf.few_steps(values["model"])
+        values["few_steps"] = values["few_steps"] and not without
         values["lora"], values["lora_weight"] = "", now["lora_weight"]
         by_hash = {lora.sha256: name for name, lora in self.shelf.loras.items()}
         known = [
@@ -261,6 +274,8 @@ class App:
         notes = [
             f"the LoRA {lora['name']} is not used" for lora in found.loras if lora["name"] != values["lora"]
         ]
+        if without and found.few_steps:
+            notes.append("this model has no few-step adapter")
         return notes + self._model_note(found)
 
     def _side_fits(self, side: int | None) -> bool:

@@ -50,6 +50,7 @@ class DrawRequest:
     ``model`` and ``lora`` are names on the shelf, empty for the first model and for none. With a ``picture``
     (RGB, of the size to draw) it is image to image as far as ``strength`` says, with a ``mask`` (L, white is
     drawn anew) inpainting. ``enlarge`` makes it a refinement of ``picture``, which is half as large.
+    ``few_steps``: with the model's few-step adapter.
     """
 
     prompt: str
@@ -68,6 +69,7 @@ class DrawRequest:
     mask: Image | None = None
     strength: float = 1.0
     enlarge: bool = False
+    few_steps: bool = False
 
     @property
     def task(self) -> str:
@@ -109,6 +111,7 @@ def check_request(limits: Limits, schedulers: tuple[str, ...], **values: Any) ->
 def _choices(values: dict[str, Any]) -> dict[str, Any]:
     """Model, LoRA, picture: what need not be there. Names and pictures have been checked by their owners."""
     found: dict[str, Any] = {name: values.get(name) or "" for name in ("model", "lora")}
+    found["few_steps"] = bool(values.get("few_steps"))
     weight = values.get("lora_weight", 1.0)
     found["lora_weight"] = check_number("The weight of the LoRA", weight, -MAX_LORA_WEIGHT, MAX_LORA_WEIGHT)
     if values.get("picture") is not None:

@@ -83,7 +83,7 @@ def gallery_items(history: list[Record]) -> list[tuple[str, str]]:
 def settings_for_json(settings: GenerationSettings) -> dict[str, Any]:
     """The settings as the API returns them, without what is the same for all pictures of a server."""
     keys = ["prompt", "negative_prompt", "steps", "guidance_scale", "seed", "height", "width"]
-    keys += ["model", "model_hash", "scheduler", "dtype", "device", "loras", "source"]
+    keys += ["model", "model_hash", "scheduler", "dtype", "device", "loras", "few_steps", "source"]
     return {key: getattr(settings, key) for key in keys}
 
 
@@ -150,7 +150,7 @@ def _rows(record: Record) -> dict[str, Any]:
         "Negative": used.negative_prompt,
         "Seed": used.seed,
         "Size": f"{used.width} x {used.height}",
-        "Steps": used.steps,
+        "Steps": f"{used.steps}, with the few-step adapter" if used.few_steps else used.steps,
         "Guidance": f"{used.guidance_scale:g}",
         "Scheduler": used.scheduler,
         "Model": f"{used.model} ({used.model_hash[:10]})",

@@ -34,6 +34,7 @@ class Restored:
     model: str = ""
     model_hash: str = ""
     loras: list[dict[str, Any]] = field(default_factory=list)
+    few_steps: bool | None = None
     note: str = ""
 
 
@@ -71,6 +72,7 @@ def from_settings(settings: GenerationSettings) -> Restored:
         model=settings.model,
         model_hash=settings.model_hash,
         loras=list(settings.loras),
+        few_steps=settings.few_steps,
         note="It was drawn from another picture, which is not inside it" if settings.source else "",
     )
 

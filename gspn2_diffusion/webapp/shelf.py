@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +30,16 @@ class Shelf:
             raise AppError(f"The model must be one of: {', '.join(self.models)}.")
         return name or self.first
 
-    def sampling(self, name: str) -> tuple[int, float]:
+    def sampling(self, name: str, few_steps: bool = False) -> tuple[int, float]:
         """Steps and guidance that a model says it draws best with, else the usual ones."""
-        return defaults.sampling(self.models[name or self.first], None, None)
+        few = few_steps and bool(self.few_steps(name))
+        return defaults.sampling(self.models[name or self.first], None, None, few)
+
+    def few_steps(self, name: str) -> int | None:
+        """In how many steps a model draws with its few-step adapter; None where it cannot."""
+        installed = importlib.util.find_spec("peft") is not None
+        steps = defaults.model_index(self.models[name or self.first]).get("few_steps")
+        return steps if installed and isinstance(steps, int) else None
 
     def check_lora(self, name: str) -> str:
         """``name``, which may be empty for none; raises :class:`AppError` for one that is not here."""

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from gspn2_diffusion.webapp import api
-from gspn2_diffusion.webapp.components import FREE, Components
+from gspn2_diffusion.webapp.components import FREE, Components, few_steps_label
 from gspn2_diffusion.webapp.engine import Progress, Waiting
 from gspn2_diffusion.webapp.errors import AppError
 from gspn2_diffusion.webapp.handlers import FORM, STOPPING, App, ending_line, progress_line
@@ -68,10 +68,18 @@ class Page(Components):
             size.input(None, None, self.aspect, js=f"() => {json.dumps(FREE)}", **QUIET)
         chips = [form["style"], form["background"]]
         sampling = [form["steps"], form["guidance_scale"]]
+        given = {name: [self._sampling(name, few) for few in (False, True)] for name in app.shelf.models}
+        form["few_steps"].input(
+            None,
+            [form["few_steps"], form["model"]],
+            sampling,
+            js=f"(few, model) => ({json.dumps(given)})[model][few ? 1 : 0]",
+            **QUIET,
+        )
         form["model"].input(
             self._on_model,
-            form["model"],
-            [*chips, *sampling],
+            [form["model"], form["few_steps"]],
+            [*chips, form["few_steps"], *sampling],
             queue=False,
             trigger_mode="always_last",
             **QUIET,
@@ -127,13 +135,17 @@ class Page(Components):
     def _on_timer(self) -> tuple[str, Any]:
         return self._head_html(), gr.Timer(active=not self.app.engine.wait(0))
 
-    def _on_model(self, model: str) -> tuple[Any, ...]:
-        shelf, shown = self.app.shelf, self.app.has_chips(model)
+    def _sampling(self, model: str, few_steps: bool) -> tuple[int, float]:
+        steps, guidance = self.app.shelf.sampling(model, few_steps)
+        return min(steps, self.app.limits.steps), guidance
+
+    def _on_model(self, model: str, few_steps: bool) -> tuple[Any, ...]:
+        shelf, shown, few = self.app.shelf, self.app.has_chips(model), self.app.shelf.few_steps(model)
         chips = gr.Radio(visible=shown), gr.Radio(visible=shown)
-        if len({shelf.sampling(name) for name in shelf.models}) == 1:
-            return *chips, gr.skip(), gr.skip()  # what the visitor chose stays
-        steps, guidance = shelf.sampling(model)
-        return *chips, min(steps, self.app.limits.steps), guidance
+        box = gr.Checkbox(visible=bool(few), label=few_steps_label(few))
+        if len({self._sampling(name, few_steps) for name in shelf.models}) == 1:
+            return *chips, box, gr.skip(), gr.skip()  # what the visitor chose stays
+        return *chips, box, *self._sampling(model, few_steps)
 
     def _on_generate(self, request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
         count = len(self.source.inputs)

@@ -8,7 +8,7 @@ from typing import Any
 
 import plain_environment
 import pytest
-from tiny_models import build_tiny_pipeline
+from tiny_models import build_tiny_pipeline, save_with_few_steps
 
 from gspn2_diffusion.webapp.limits import Limits
 
@@ -27,10 +27,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def other_model(tiny_model: Path) -> Path:
-    """Another model to choose: other weights of the denoiser, and more layers."""
-    folder = tiny_model.parent / "other"
-    build_tiny_pipeline(num_layers=3).save_pretrained(folder)
-    return folder
+    """Another model to choose: other weights of the denoiser, more layers, and an adapter for three steps."""
+    return save_with_few_steps(tiny_model.parent / "other", num_layers=3)
 
 
 @pytest.fixture(scope="session")

@@ -241,6 +241,27 @@ def test_models_to_choose_from(visitor: Visitor, tmp_path: Path) -> None:
     expect(page.locator(".g2-head")).to_contain_text("other")
 
 
+def test_few_steps(visitor: Visitor, tmp_path: Path) -> None:
+    page, box = visitor.page, visitor.page.locator("#g2-few-steps")
+    visitor.write("a red apple", steps=5)
+    expect(box).not_to_be_visible()  # the first model has no adapter
+    page.locator("#g2-model input").click()
+    page.get_by_role("option", name="other").click()
+    expect(box).to_be_visible()
+    expect(box).to_contain_text("Fast: 3 steps, without guidance")
+    steps = page.locator("#g2-steps input[type=number]")
+    box.locator("input").check()
+    expect(steps).to_have_value("3")
+    visitor.generate()
+    settings = visitor.saved(tmp_path, "with the few-step adapter")
+    assert (settings.few_steps, settings.steps, settings.guidance_scale) == (True, 3, 1.0)
+    box.locator("input").uncheck()
+    expect(steps).to_have_value("20")
+    page.click("#g2-reuse")
+    expect(steps).to_have_value("3")
+    expect(box.locator("input")).to_be_checked()
+
+
 def test_others_are_told_how_many_come_before_them(arrive: Callable[..., Visitor], endless: int) -> None:
     first, second = arrive(), arrive()
     first.write("a red apple", steps=endless, side=128)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_models import build_tiny_pipeline
+from tiny_models import save_with_few_steps
 
 from gspn2_diffusion.batch.plan import picture_key
 from gspn2_diffusion.cli import few_steps
@@ -22,17 +22,7 @@ NOTE = "note: on a CPU this model draws in 3 steps with its adapter (--no-few-st
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with an adapter for three steps."""
-    folder = tmp_path_factory.mktemp("few-steps")
-    pipe = build_tiny_pipeline()
-    config = peft.LoraConfig(
-        r=2, lora_alpha=20, target_modules=["to_scan", "proj_out"], init_lora_weights=False
-    )
-    pipe.transformer.add_adapter(config)
-    pipe.save_lora_weights(folder / "few")
-    pipe.unload_lora_weights()
-    pipe.add_few_steps(folder / "few", 3)
-    pipe.save_pretrained(folder / "tiny")
-    return folder / "tiny"
+    return save_with_few_steps(tmp_path_factory.mktemp("few-steps") / "tiny")
 
 
 @pytest.fixture
