@@ -53,8 +53,8 @@ class Components:
         with gr.Row(elem_id="g2-buttons"):
             self.generate = gr.Button("Generate", variant="primary", scale=3, elem_id="g2-generate")
             self.stop = gr.Button("Stop", variant="stop", scale=1, min_width=90, elem_id="g2-stop")
-        self._build_size()
         self._build_few_steps()
+        self._build_size()
         with gr.Accordion("More settings", open=False):
             self._build_more()
         with gr.Accordion("Start from a picture", open=False) as self.start:
