@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -158,19 +159,28 @@ def _training(
     return [sys.executable, str(ROOT / "scripts" / "train_text_to_image.py"), *options, *passed]
 
 
-def run_all(commands: dict[str, list[str]], work: Path) -> dict[str, int]:
-    """Run commands, one per GPU at a time (one after the other without GPUs); exit status by name."""
+def run_all(commands: dict[str, list[str]], work: Path, needed: Path | None = None) -> dict[str, int]:
+    """Run commands, one per GPU at a time (one after the other without GPUs); exit status by name.
+
+    Args:
+        needed: a file that the first command makes; the others start once it is there, or that one has ended.
+    """
     import torch
 
     free: Queue[int | None] = Queue()
     for device in range(torch.cuda.device_count()) or [None]:  # type: ignore[union-attr]
         free.put(device)
+    first, first_ended = next(iter(commands)), threading.Event()
 
     def run(name: str) -> int:
         device = free.get()
         try:
+            while name != first and needed and not needed.is_file() and not first_ended.wait(0.5):
+                pass
             return _run_one(name, commands[name], work / f"{name}.log", device)
         finally:
+            if name == first:
+                first_ended.set()
             free.put(device)
 
     with ThreadPoolExecutor(max(1, free.qsize())) as pool:
@@ -210,10 +220,8 @@ def judge_all(given: argparse.Namespace, work: Path, names: Sequence[str]) -> di
         texts = [text for key, value in options.items() for text in (f"--{key}", str(value))]
         return [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *texts, *extra]
 
-    trained = (judge / "judge.json").is_file()
-    first, rest = ([], list(names)) if trained else (list(names[:1]), list(names[1:]))
-    for group in (first, rest):
-        run_all({name: command(name) for name in group}, work)
+    # The first one trains the judge, where there is none.
+    run_all({name: command(name) for name in names}, work, needed=judge / "judge.json")
     found = {}
     for name in names:
         files = sorted((work / name / "evaluation").glob("results*.json"))

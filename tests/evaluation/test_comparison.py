@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -130,11 +131,30 @@ def test_the_committed_document_is_the_one_that_the_files_give(tmp_path):
     assert made.read_text() == (ROOT / "docs" / "results.md").read_text()
 
 
-def test_the_script_trains_all_variants_alike(tmp_path, monkeypatch):
-    """The commands differ in the architecture and the folder alone; a failed run is reported."""
+@pytest.fixture
+def module():
     spec = importlib.util.spec_from_file_location("compare_mixers", ROOT / "scripts" / "compare_mixers.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("makes", [True, False])
+def test_commands_wait_for_the_file_that_the_first_makes(module, tmp_path, monkeypatch, makes):
+    """On several GPUs; without the file they start when the first has ended."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    needed = tmp_path / "judge.json"
+    make = f"import time, pathlib; time.sleep(1); pathlib.Path({str(needed)!r}).touch(); time.sleep(1)"
+    look = f"import sys, pathlib; sys.exit(0 if pathlib.Path({str(needed)!r}).is_file() else 3)"
+    words = {"first": make if makes else "import sys; sys.exit(2)", "second": look, "third": look}
+    commands = {name: [sys.executable, "-c", text] for name, text in words.items()}
+    status = module.run_all(commands, tmp_path, needed)
+    expected = {"first": 0, "second": 0, "third": 0} if makes else {"first": 2, "second": 3, "third": 3}
+    assert status == expected
+
+
+def test_the_script_trains_all_variants_alike(module, tmp_path, monkeypatch):
+    """The commands differ in the architecture and the folder alone; a failed run is reported."""
     seen = {}
 
     def run(name, command, log, device):
