@@ -15,7 +15,7 @@ from gspn2_diffusion.training.buckets import Buckets
 from gspn2_diffusion.training.config import ConfigError
 from gspn2_diffusion.training.frozen import FrozenModels
 from gspn2_diffusion.training.picture_cache import Damage, Entry, PictureCache
-from gspn2_diffusion.training.picture_feed import BatchPlan, read_batch
+from gspn2_diffusion.training.picture_feed import BatchPlan, PictureFeed, read_batch
 from gspn2_diffusion.training.picture_files import DamagedPictureError, read_rgb
 from gspn2_diffusion.training.picture_sources import find_format, open_items
 from gspn2_diffusion.training.rows import RowStore
@@ -214,3 +214,29 @@ def test_batches_follow_from_the_seed_and_show_every_picture():
     orders = {tuple(entry.name for n in range(3) for entry, _ in plan.batch(e * 3 + n)) for e in range(4)}
     assert len(orders) == 4
     assert {caption for n in range(30) for _, caption in plan.batch(n)} == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "cuda:0"))]
+)
+def test_batches_are_read_ahead_on_the_runs_device(tmp_path, device):
+    """A single process's device is "cuda", without an index."""
+    latents, texts = RowStore(tmp_path / "latents"), RowStore(tmp_path / "texts")
+    for number in range(3):
+        latents.add(str(number), {"latents": torch.full((2, 4, 4), float(number)).half()})
+        row = {"hidden": torch.full((5, 8), float(number)), "mask": torch.ones(5).bool()}
+        texts.add(str(number), row | {"pooled": torch.zeros(8)})
+    for store in (latents, texts):
+        store.flush()
+        store.reload()
+    entries = [Entry(str(number), str(number), (str(number),), ("",)) for number in range(3)]
+    plan = BatchPlan(entries, [(2, 4, 4)] * 3, 3, 0)
+    feed = PictureFeed(plan, latents, texts, first=0, stride=1, device=torch.device(device), depth=2)
+    try:
+        for _ in range(3):
+            batch = feed.next()
+            assert batch.latents.device.type == torch.device(device).type
+            assert sorted(batch.latents[:, 0, 0, 0].tolist()) == [0.0, 1.0, 2.0]
+            assert torch.equal(batch.text.hidden[:, 0, 0], batch.latents[:, 0, 0, 0])
+    finally:
+        feed.close()
