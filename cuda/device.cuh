@@ -1,5 +1,5 @@
-// What is written in PTX, and the element types. Nothing else is, but for the tiled kernels, so that tests can put a
-// version for the processor in this file's place.
+// What is written in PTX, and the element types. Nothing else is, so that tests can put a version for the processor in
+// this file's place.
 //
 // Set by the preamble that the loader puts in front of the source:
 //   SCALAR  0 float32, 1 bfloat16, 2 float16
@@ -117,6 +117,31 @@ template <int PENDING> __device__ __forceinline__ void wait_copies_async() {
 #endif
 }
 
+// 16 bytes; older GPUs copy at once.
+#if __CUDA_ARCH__ >= 800
+__device__ __forceinline__ void copy16(unsigned to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> __device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+#else
+__device__ __forceinline__ void copy16(unsigned to, const void* from) {
+  const uint4 v = *reinterpret_cast<const uint4*>(from);
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+__device__ __forceinline__ void commit_copies() {}
+template <int PENDING> __device__ __forceinline__ void wait_copies() {}
+#endif
+
+// ---- some threads of a block --------------------------------------------------------------------
+
+// A barrier with a number of its own, from 1 on, for so many threads.
+template <int NUMBER> __device__ __forceinline__ void barrier_of(int threads) {
+  asm volatile("bar.sync %0, %1;" ::"n"(NUMBER), "r"(threads) : "memory");
+}
+
 // ---- barriers in shared memory, by address ------------------------------------------------------
 
 __device__ __forceinline__ void barrier_init(unsigned barrier, int arrivals) {
@@ -190,3 +215,35 @@ __device__ __forceinline__ void send_floats(unsigned to, unsigned barrier, float
                "f"(b), "r"(barrier) : "memory");
 #endif
 }
+
+// ---- tensor memory accelerator, from compute capability 9.0 on ----------------------------------
+
+// A tensor as the accelerator sees it, made by the host: (channels, positions, lines, directions, batch).
+struct __align__(64) Map { int64 opaque[16]; };
+
+#if __CUDA_ARCH__ >= 900
+// Lets the accelerator use barriers that this thread has made.
+__device__ __forceinline__ void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ __forceinline__ void copy_box(const scalar_t* to, const Map& map, int channel, int position, int line, int slot,
+                                         int batch, int64* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%2, %3, %4, %5, %6}], [%7];" ::"r"(shared_address(to)), "l"(&map), "r"(channel), "r"(position), "r"(line),
+      "r"(slot), "r"(batch), "r"(shared_address(barrier)) : "memory");
+}
+__device__ __forceinline__ void store_box(const Map& map, int channel, int position, int line, int slot, int batch,
+                                          const scalar_t* from) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4, %5}], [%6];" ::"l"(&map),
+      "r"(channel), "r"(position), "r"(line), "r"(slot), "r"(batch), "r"(shared_address(from)) : "memory");
+}
+__device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void wait_stores() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// Makes what this thread wrote to shared memory visible to the accelerator.
+__device__ __forceinline__ void publish_results() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+#else
+__device__ __forceinline__ void publish_results() {}
+#endif

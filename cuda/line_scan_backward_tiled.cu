@@ -135,7 +135,7 @@ struct Copier {
     if (a.du)
       store_lines(thread, a.du, out, step, steps, k.start, k.own, slice, m.dy + slot * m.wide.elements + k.halo * slice,
                   k.extended);
-    asm volatile("bar.sync 2, %0;" ::"n"(WEIGHERS) : "memory");
+    barrier_of<2>(WEIGHERS);
   }
 #endif
 };
@@ -354,7 +354,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
         for (int r = 0; r < RUN; ++r) {
           for (int offset = at.lanes / 2; offset > 0; offset /= 2) {
 #pragma unroll
-            for (int n = 0; n < 3; ++n) dw[r][n] += __shfl_xor_sync(0xffffffffu, dw[r][n], offset);
+            for (int n = 0; n < 3; ++n) dw[r][n] += shuffle_xor(dw[r][n], offset);
           }
           if (own[r] && at.lane == 0) {
 #pragma unroll
@@ -379,7 +379,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
 }
 
 template <int CLUSTER> __device__ __forceinline__ void line_scan(const Parameters& a) {
-  extern __shared__ __align__(128) char shared[];
+  SHARED_MEMORY(shared);
   const Tile k = make_tile<CLUSTER>(a.tiling);
   if (k.begin >= k.end) return;  // the whole cluster: directions with fewer lines have fewer chunks
   const Memory m(shared, k, a.tiling);

@@ -104,7 +104,7 @@ struct Copier {
     if (a.state)
       store_lines(thread, a.state, y, line, lines, k.start, k.own, slice, m.x + slot * m.wide.elements + k.halo * slice,
                   k.extended);
-    asm volatile("bar.sync 2, %0;" ::"n"(WEIGHERS) : "memory");
+    barrier_of<2>(WEIGHERS);
   }
 #endif
 };
@@ -288,7 +288,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
 }
 
 template <int CLUSTER> __device__ __forceinline__ void line_scan(const Parameters& a) {
-  extern __shared__ __align__(128) char shared[];
+  SHARED_MEMORY(shared);
   const Tile k = make_tile<CLUSTER>(a.tiling);
   if (k.begin >= k.end) return;  // the whole cluster: directions with fewer lines have fewer chunks
   const Memory m(shared, k, a.tiling);

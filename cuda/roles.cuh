@@ -112,8 +112,8 @@ struct Carry {
     } else {
 #pragma unroll
       for (int n = 0; n < VEC; ++n) {
-        before[n] = __shfl_up_sync(0xffffffffu, value[RUN - 1][n], at.lanes);
-        after[n] = __shfl_down_sync(0xffffffffu, value[0][n], at.lanes);
+        before[n] = shuffle_up(value[RUN - 1][n], at.lanes);
+        after[n] = shuffle_down(value[0][n], at.lanes);
       }
       if (at.leads) load_floats(before, border + (at.warp * 2 + 1) * slice + at.c);
       if (at.trails && at.used) load_floats(after, border + (at.warp + 2) * 2 * slice + at.c);

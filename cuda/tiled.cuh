@@ -64,30 +64,7 @@ template <int CLUSTER> __device__ __forceinline__ Tile make_tile(const Tiling& t
   return k;
 }
 
-// ---- asynchronous copies ------------------------------------------------------------------------
-
-// Older GPUs copy at once.
-#if __CUDA_ARCH__ >= 800
-__device__ __forceinline__ void copy16(unsigned to, const void* from) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING> __device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-#else
-__device__ __forceinline__ void copy16(unsigned to, const void* from) {
-  const uint4 v = *reinterpret_cast<const uint4*>(from);
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
-__device__ __forceinline__ void commit_copies() {}
-template <int PENDING> __device__ __forceinline__ void wait_copies() {}
-#endif
-
-// ---- tensor memory accelerator ------------------------------------------------------------------
-
-// A tensor as the accelerator sees it, made by the host: (channels, positions, lines, directions, batch).
-struct __align__(64) Map { int64 opaque[16]; };
+// ---- stages in shared memory --------------------------------------------------------------------
 
 // `count` positions of `lines` lines lie in shared memory as [box][line][box_positions][slice].
 struct Layout {
@@ -105,42 +82,10 @@ struct Layout {
 };
 
 #if ACCELERATOR
-__device__ __forceinline__ void start_barrier(int64* barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
-}
-__device__ __forceinline__ void publish_barriers() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-__device__ __forceinline__ void expect_bytes(int64* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void wait_barrier(int64* barrier, int phase) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n}" ::"r"(shared_address(barrier)), "r"(phase) : "memory");
-}
-__device__ __forceinline__ void copy_box(const scalar_t* to, const Map& map, int channel, int position, int line, int slot,
-                                         int batch, int64* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
-      "[%1, {%2, %3, %4, %5, %6}], [%7];" ::"r"(shared_address(to)), "l"(&map), "r"(channel), "r"(position), "r"(line),
-      "r"(slot), "r"(batch), "r"(shared_address(barrier)) : "memory");
-}
-
-__device__ __forceinline__ void store_box(const Map& map, int channel, int position, int line, int slot, int batch,
-                                          const scalar_t* from) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4, %5}], [%6];" ::"l"(&map),
-      "r"(channel), "r"(position), "r"(line), "r"(slot), "r"(batch), "r"(shared_address(from)) : "memory");
-}
-__device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-__device__ __forceinline__ void wait_stores() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-// Makes what this thread wrote to shared memory visible to the accelerator.
-__device__ __forceinline__ void publish_results() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// A barrier that one thread arrives at, telling how many bytes the accelerator will bring.
+__device__ __forceinline__ void start_barrier(int64* barrier) { barrier_init(shared_address(barrier), 1); }
+__device__ __forceinline__ void expect_bytes(int64* barrier, int bytes) { barrier_expect(shared_address(barrier), bytes); }
+__device__ __forceinline__ void wait_barrier(int64* barrier, int phase) { barrier_wait(shared_address(barrier), phase); }
 
 // Starts the copy of one tensor's part of a stage.
 __device__ __forceinline__ void copy_stage(const scalar_t* to, const Layout& layout, int boxes, const Map& map, int channel,
@@ -148,25 +93,15 @@ __device__ __forceinline__ void copy_stage(const scalar_t* to, const Layout& lay
   for (int n = 0; n < boxes; ++n)
     copy_box(to + n * layout.box_elements, map, channel, position + n * layout.box_positions, line, slot, batch, barrier);
 }
-#else
-__device__ __forceinline__ void publish_results() {}
 #endif
 
 // ---- barriers and clusters ----------------------------------------------------------------------
 
-__device__ __forceinline__ void consumer_barrier(int threads) {
-  asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
-}
+__device__ __forceinline__ void consumer_barrier(int threads) { barrier_of<1>(threads); }
 
 // Before the first stage: the blocks of a cluster start together, and each other's barriers are there.
 template <int CLUSTER> __device__ __forceinline__ void cluster_barrier() {
-#if __CUDA_ARCH__ >= 900
-  if (CLUSTER > 1) {
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-  }
-#endif
+  if (CLUSTER > 1) start_together<CLUSTER>();
   __syncthreads();  // with a cluster, too: compute-sanitizer does not take the barrier above for one of the block
 }
 

@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -31,7 +31,7 @@ PROBLEMS = {
 @functools.cache
 def library(source: str, dtype: torch.dtype, vec: int, run: int, entry: str) -> ctypes.CDLL:
     code = cupy_backend.kernel_source(source, dtype, vec, run, folders=(HERE, cupy_backend.source_folder()))
-    cluster = entry.rsplit("_", 1)[1] if source in cupy_backend.PLANE else "1"
+    cluster = "1" if source in cupy_backend.GENERIC or source == entry else entry.rsplit("_", 1)[1]
     code = re.sub(rf"^ENTRY\((?!{cluster},).*$", "", code, flags=re.MULTILINE)  # other cluster sizes
     code = f"""#include "{HERE / "emulator.hpp"}"
 {code}
@@ -80,6 +80,18 @@ def starter(
     return start
 
 
+def tensor_map(
+    dtype: torch.dtype, pointer: int, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]
+) -> tuple[int, ...]:
+    """A tensor as ``emulator/device.cuh`` reads it; what the driver would refuse is refused."""
+    assert len(sizes) == len(box) == len(strides) + 1 == 5
+    assert pointer % 16 == 0
+    assert all(stride > 0 and stride * dtype.itemsize % 16 == 0 for stride in strides)
+    assert all(0 < count <= 256 for count in box)
+    assert box[0] * dtype.itemsize % 16 == 0
+    return pointer, *sizes, *strides, *box, 0
+
+
 @contextlib.contextmanager
 def emulated(patch: pytest.MonkeyPatch) -> Iterator[None]:
     """Lets ``scan_kernels`` take tensors in main memory; whatever it allocates is NaN at first."""
@@ -89,6 +101,8 @@ def emulated(patch: pytest.MonkeyPatch) -> Iterator[None]:
     patch.setattr(cupy_backend, "processors", lambda device: 2)
     patch.setattr(cupy_backend, "shared_limit", lambda device: SHARED_LIMIT)
     patch.setattr(cupy_backend, "has_barriers", lambda device: True)
+    patch.setattr(cupy_backend, "has_accelerator", lambda device: True)
+    patch.setattr(cupy_backend, "tensor_map", tensor_map)
     patch.setattr(cupy_backend, "clusters", lambda device: (1, 2))
     patch.setattr(torch.cuda, "current_device", lambda: None)  # the index of the processor
     try:

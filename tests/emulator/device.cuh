@@ -100,12 +100,84 @@ inline unsigned remote_address(unsigned local, int rank) {
   if (rank < 0 || rank >= (int)emulator::cluster.size()) emulator::fail("no such block in the cluster");
   return local | (unsigned)(rank + 1) << 24;
 }
-inline void send_floats(unsigned to, unsigned barrier, float a, float b, float c, float d) {
-  emulator::pointer(to, 16);
+template <int COUNT> void send_some(unsigned to, unsigned barrier, const float (&values)[COUNT]) {
+  char* const target = emulator::pointer(to, 4 * COUNT);
   auto& block = emulator::block_of(to);
   bool alive = false;
   for (auto& t : block.threads) alive = alive || !t->done;
   if (!alive) emulator::fail("sends to a block that has ended");
-  emulator::deliveries.push_back(
-      {&block, to & 0xffffffu, barrier & 0xffffffu, {a, b, c, d}, 1 + (int)(emulator::random() % 8)});
+  std::vector<float> kept(values, values + COUNT);
+  emulator::send(block, barrier, 4 * COUNT, [=] { memcpy(target, kept.data(), 4 * COUNT); });
+}
+inline void send_floats(unsigned to, unsigned barrier, float a, float b, float c, float d) {
+  send_some<4>(to, barrier, {a, b, c, d});
+}
+inline void send_floats(unsigned to, unsigned barrier, float a, float b) { send_some<2>(to, barrier, {a, b}); }
+
+inline void copy16(unsigned to, const void* from) { copy_async<16>(to, from, 16); }
+inline void commit_copies() { commit_copies_async(); }
+template <int PENDING> void wait_copies() { wait_copies_async<PENDING>(); }
+
+template <int NUMBER> void barrier_of(int threads) {
+  auto& all = emulator::current->block->named;
+  auto& b = all[NUMBER];
+  const long generation = b.generation;
+  if (++b.arrived == threads) b.arrived = 0, ++b.generation, ++emulator::progress;
+  emulator::wait_until([&all, generation] { return all[NUMBER].generation != generation; });
+}
+
+// As tests/emulate.py makes it: address, sizes, strides and box in elements.
+struct alignas(8) Map {
+  int64 address, size[5], stride[4], box[5], unused;
+};
+
+// Calls f(offset from the map's address or -1 outside, number within the box) for the elements of a box.
+template <typename F> void for_box(const Map& map, const int64 (&at)[5], F f) {
+  int64 n = 0, i[5];
+  for (i[4] = 0; i[4] < map.box[4]; ++i[4])
+    for (i[3] = 0; i[3] < map.box[3]; ++i[3])
+      for (i[2] = 0; i[2] < map.box[2]; ++i[2])
+        for (i[1] = 0; i[1] < map.box[1]; ++i[1])
+          for (i[0] = 0; i[0] < map.box[0]; ++i[0], ++n) {
+            int64 offset = 0;
+            bool inside = true;
+            for (int d = 0; d < 5; ++d) {
+              inside = inside && at[d] + i[d] >= 0 && at[d] + i[d] < map.size[d];
+              offset += (at[d] + i[d]) * (d ? map.stride[d - 1] : 1);
+            }
+            f(inside ? offset : -1, n);
+          }
+}
+inline int64 box_elements(const Map& map) {
+  if (!map.address) emulator::fail("a tensor that is not there");
+  return map.box[0] * map.box[1] * map.box[2] * map.box[3] * map.box[4];
+}
+inline void publish_barriers() {}
+inline void publish_results() {}
+inline void copy_box(const scalar_t* to, const Map& map, int channel, int position, int line, int slot, int batch,
+                     int64* barrier) {
+  const int bytes = (int)(box_elements(map) * sizeof(scalar_t));
+  auto* const target = reinterpret_cast<scalar_t*>(emulator::pointer(shared_address(to), 128));
+  emulator::pointer(shared_address(to) + (bytes - 1) / 128 * 128, 128);
+  memset(target, 0xff, bytes);  // nothing to be read yet
+  emulator::send(*emulator::current->block, shared_address(barrier), bytes, [=, map = map] {
+    const auto* const from = reinterpret_cast<const scalar_t*>(map.address);
+    for_box(map, {channel, position, line, slot, batch},
+            [&](int64 offset, int64 n) { target[n] = offset < 0 ? (scalar_t)0 : from[offset]; });
+  });
+}
+inline void store_box(const Map& map, int channel, int position, int line, int slot, int batch, const scalar_t* from) {
+  box_elements(map);
+  const auto* const source = reinterpret_cast<const scalar_t*>(emulator::pointer(shared_address(from), 128));
+  emulator::current->stores.push_back([=, map = map] {
+    auto* const to = reinterpret_cast<scalar_t*>(map.address);
+    for_box(map, {channel, position, line, slot, batch}, [&](int64 offset, int64 n) {
+      if (offset >= 0) to[offset] = source[n];
+    });
+  });
+}
+inline void commit_stores() {}
+inline void wait_stores() {
+  for (const auto& store : emulator::current->stores) store();
+  emulator::current->stores.clear();
 }

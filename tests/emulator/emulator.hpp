@@ -1,6 +1,7 @@
 // Runs the kernels on the processor: every thread of a cluster is a fiber, and a scheduler lets the warps run in
-// random order. Asynchronous copies arrive as late as they may, their targets are poisoned until then, and other blocks'
-// floats arrive after a random delay. Only the logic is checked, not the memory model of a GPU.
+// random order. Asynchronous copies arrive as late as they may, their targets are poisoned until then; other blocks'
+// floats, and what the tensor memory accelerator copies, arrive after a random delay. What it stores leaves when it is
+// waited for. Only the logic is checked, not the memory model of a GPU.
 #pragma once
 #include <ucontext.h>
 
@@ -30,6 +31,7 @@ struct alignas(8) float2 { float x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(8) uint2 { unsigned x, y; };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 template <typename T> T min(T a, T b) { return b < a ? b : a; }
@@ -71,12 +73,17 @@ struct Thread {
   bool done = false;
   std::vector<Copy> open;                  // not yet committed
   std::deque<std::vector<Copy>> groups;
+  std::vector<std::function<void()>> stores;  // to global memory, not yet waited for
 };
 
-struct Delivery { Block* block; unsigned to, barrier; float value[4]; int delay; };
+// What arrives later: `write` puts it into a block's shared memory, whose barrier then counts the bytes.
+struct Delivery { Block* block; unsigned barrier; int bytes, delay; std::function<void()> write; };
+
+struct Gathering { int arrived; long generation; };
 
 struct Block {
   std::vector<char> memory;
+  std::map<int, Gathering> named;          // barriers of some of the threads
   char* base;
   std::vector<Warp> warps;
   std::vector<std::unique_ptr<Thread>> threads;
@@ -153,13 +160,17 @@ inline void settle(Block& block, unsigned address, Barrier& b) {
   if (b.pending == 0 && b.bytes == 0) b.pending = b.expected, ++b.phase, ++progress;
 }
 
+inline void send(Block& block, unsigned barrier, int bytes, std::function<void()> write) {
+  deliveries.push_back({&block, barrier & 0xffffffu, bytes, 1 + (int)(random() % 8), std::move(write)});
+}
+
 inline void deliver() {
   for (size_t n = 0; n < deliveries.size();) {
     Delivery& d = deliveries[n];
     if (--d.delay > 0) { ++n; continue; }
-    memcpy(d.block->base + d.to, d.value, 16);
+    d.write();
     Barrier& b = d.block->barrier(d.barrier);
-    b.bytes -= 16;
+    b.bytes -= d.bytes;
     settle(*d.block, d.barrier, b);
     deliveries.erase(deliveries.begin() + n);
     ++progress;
