@@ -10,19 +10,18 @@ from emulate import SHARED_LIMIT, emulated
 from scan_cases import BACKWARD_TOLERANCE, FORWARD_TOLERANCE, ground_truth, make_inputs, relative_error
 
 from gspn2_diffusion.ops import scan_kernels
+from gspn2_diffusion.ops.line_scan import DIRECTIONS
 from gspn2_diffusion.ops.plans import Problem, Tile, tiled_plan
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 BF16, FP32 = torch.bfloat16, torch.float32
-CASES = [  # (H, W), C, G, tile, chunk, dtype, options of the inputs
-    ((9, 14), 16, 1, Tile(8, 1, 16, 1, 0, 2), 0, BF16, {}),
+CASES = [  # (H, W), C, G, tile, chunk, dtype, options of the inputs (and "scans": which directions)
     ((14, 9), 32, 2, Tile(4, 1, 16, 1, 0, 4), 5, BF16, {"with_u": False}),
-    ((24, 40), 16, 1, Tile(8, 1, 16, 2, 4, 2), 0, BF16, {}),
-    ((26, 22), 16, 1, Tile(8, 3, 16, 2, 4, 1), 9, BF16, {"normalize": False}),
-    ((20, 28), 8, 1, Tile(2, 1, 8, 2, 4, 4), 0, FP32, {}),
-    ((24, 26), 24, 1, Tile(8, 1, 16, 2, 4, 4), 0, BF16, {}),  # the last slice overhangs
-    ((3, 270), 8, 1, Tile(4, 3, 8, 1, 0, 1), 0, FP32, {}),  # a line in two boxes
+    ((18, 16), 16, 1, Tile(8, 3, 16, 2, 4, 1), 9, BF16, {"normalize": False}),
+    ((12, 14), 8, 1, Tile(2, 1, 8, 2, 4, 4), 0, FP32, {}),
+    ((16, 18), 24, 1, Tile(8, 1, 16, 2, 4, 4), 0, BF16, {}),  # the last slice overhangs
+    ((3, 270), 8, 1, Tile(4, 3, 8, 1, 0, 1), 0, FP32, {"scans": (1, 0)}),  # a line in two boxes
 ]
 
 
@@ -35,18 +34,21 @@ def processor(monkeypatch):
 @pytest.mark.parametrize(("size", "channels", "groups", "tile", "chunk", "dtype", "kind"), CASES)
 def test_tiles(size, channels, groups, tile, chunk, dtype, kind):
     """Output, hidden states and every gradient."""
-    inputs = make_inputs(1, *size, channels, groups, dtype=dtype, **kind)
+    kind = dict(kind)
+    scans = kind.pop("scans", (0, 1, 2, 3))
+    inputs = make_inputs(1, *size, channels, groups, len(scans), dtype=dtype, **kind)
     normalize = kind.get("normalize", True)
     plans = []
     for backward in (False, True):
-        problem = Problem(1, *size, channels, groups, (0, 1, 2, 3), chunk, dtype.itemsize, backward)
+        problem = Problem(1, *size, channels, groups, scans, chunk, dtype.itemsize, backward)
         plans.append(tiled_plan(problem, tile, normalize, SHARED_LIMIT))
     assert None not in plans
     x, weight, lam, u = (None if t is None else t.detach() for t in inputs.values())
-    setting = ((0, 1, 2, 3), chunk, normalize)
+    setting = (scans, chunk, normalize)
     y, state = scan_kernels.line_scan_forward(x, weight, lam, u, *setting, True, plan=plans[0])
     kept = y if state is None else state
-    options = {"chunk_size": chunk or None, "normalize": normalize}
+    names = tuple(DIRECTIONS[code] for code in scans)
+    options = {"chunk_size": chunk or None, "normalize": normalize, "directions": names}
     dy = torch.randn(lam.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     hidden = ground_truth({**inputs, "u": None}, dy, **options)["y"]
     assert relative_error(kept, hidden) <= FORWARD_TOLERANCE[dtype]
