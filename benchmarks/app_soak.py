@@ -121,6 +121,9 @@ class Visitor:
     async def do_chip(self) -> None:
         await self.any_of("#g2-style label, #g2-background label, #g2-direction label")
 
+    async def do_few_steps(self) -> None:
+        await self.any_of("#g2-few-steps input")
+
     async def do_shape(self) -> None:
         await self.any_of("#g2-aspect label")
         await self.small()
