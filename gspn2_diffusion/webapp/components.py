@@ -119,7 +119,7 @@ class Components:
 
     def _build_more(self) -> None:
         limits, form = self.app.limits, self.form
-        steps, guidance = self.app.shelf.sampling("", self.app.starts_with_few_steps)
+        steps, guidance = self.app.sampling("", self.app.starts_with_few_steps)
         form["negative_prompt"] = gr.Textbox(
             "", label="Negative prompt", placeholder="what to keep out", max_length=MAX_PROMPT
         )
@@ -127,7 +127,7 @@ class Components:
             form["steps"] = gr.Slider(
                 1,
                 limits.steps,
-                min(steps, limits.steps),
+                steps,
                 step=1,
                 label="Steps",
                 min_width=140,

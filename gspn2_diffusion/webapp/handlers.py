@@ -85,6 +85,11 @@ class App:
         """Whether a model knows the words of the chips."""
         return bool(vocabulary_of(model or self.shelf.first).styles)
 
+    def sampling(self, model: str, few_steps: bool = False) -> tuple[int, float]:
+        """Steps and guidance that a model draws best with, as far as the limits allow."""
+        steps, guidance = self.shelf.sampling(model, few_steps)
+        return min(steps, self.limits.steps), guidance
+
     def aspects(self) -> dict[str, tuple[int, int]]:
         """Width and height of each shape on offer."""
         low = self.limits.min_side
@@ -135,8 +140,7 @@ class App:
         if not before.few_steps:
             return refined
         # A third of a few steps would be a single one.
-        steps, guidance = self.shelf.sampling(before.model)
-        steps = min(steps, self.limits.steps)
+        steps, guidance = self.sampling(before.model)
         return dataclasses.replace(refined, few_steps=False, steps=steps, guidance_scale=guidance)
 
     def draw(self, visitor: Hashable, request: DrawRequest) -> Generator[Event | Record, None, None]:
@@ -253,17 +257,16 @@ class App:
             if value is not None and not fits:
                 notes.append(f"{name.replace('_', ' ')} {value} is not possible here")
         values["scheduler"] = scheduler_name(found.scheduler) or now["scheduler"]
-        values["few_steps"] = now["few_steps"] if found.few_steps is None else found.few_steps
         if found.scheduler and not scheduler_name(found.scheduler):
             notes.append(f"the scheduler {found.scheduler} is not on offer")
         notes += self._take_names(found, values, now)
         return values, notes
 
     def _take_names(self, found: Restored, values: dict[str, Any], now: dict[str, Any]) -> list[str]:
-        """Model and LoRA, as far as they are on the shelf, into ``values``."""
+        """Model, LoRA and few steps, as far as they are on the shelf, into ``values``."""
         values["model"] = found.model if found.model in self.shelf.models else now["model"]
-        without = values["few_steps"] and not self.shelf.few_steps(values["model"])
-        values["few_steps"] = values["few_steps"] and not without
+        wanted = now["few_steps"] if found.few_steps is None else found.few_steps
+        values["few_steps"] = bool(wanted and self.shelf.few_steps(values["model"]))
         values["lora"], values["lora_weight"] = "", now["lora_weight"]
         by_hash = {lora.sha256: name for name, lora in self.shelf.loras.items()}
         known = [
@@ -274,7 +277,7 @@ class App:
         notes = [
             f"the LoRA {lora['name']} is not used" for lora in found.loras if lora["name"] != values["lora"]
         ]
-        if without and found.few_steps:
+        if found.few_steps and not values["few_steps"]:
             notes.append("this model has no few-step adapter")
         return notes + self._model_note(found)
 

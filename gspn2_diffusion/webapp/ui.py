@@ -68,7 +68,7 @@ class Page(Components):
             size.input(None, None, self.aspect, js=f"() => {json.dumps(FREE)}", **QUIET)
         chips = [form["style"], form["background"]]
         sampling = [form["steps"], form["guidance_scale"]]
-        given = {name: [self._sampling(name, few) for few in (False, True)] for name in app.shelf.models}
+        given = {name: [app.sampling(name, few) for few in (False, True)] for name in app.shelf.models}
         form["few_steps"].input(
             None,
             [form["few_steps"], form["model"]],
@@ -135,17 +135,13 @@ class Page(Components):
     def _on_timer(self) -> tuple[str, Any]:
         return self._head_html(), gr.Timer(active=not self.app.engine.wait(0))
 
-    def _sampling(self, model: str, few_steps: bool) -> tuple[int, float]:
-        steps, guidance = self.app.shelf.sampling(model, few_steps)
-        return min(steps, self.app.limits.steps), guidance
-
     def _on_model(self, model: str, few_steps: bool) -> tuple[Any, ...]:
         shelf, shown, few = self.app.shelf, self.app.has_chips(model), self.app.shelf.few_steps(model)
         chips = gr.Radio(visible=shown), gr.Radio(visible=shown)
         box = gr.Checkbox(visible=bool(few), label=few_steps_label(few))
-        if len({self._sampling(name, few_steps) for name in shelf.models}) == 1:
+        if len({self.app.sampling(name, few_steps) for name in shelf.models}) == 1:
             return *chips, box, gr.skip(), gr.skip()  # what the visitor chose stays
-        return *chips, box, *self._sampling(model, few_steps)
+        return *chips, box, *self.app.sampling(model, few_steps)
 
     def _on_generate(self, request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
         count = len(self.source.inputs)
