@@ -199,6 +199,14 @@ def _run_one(name: str, command: list[str], log: Path, device: int | None) -> in
     return status
 
 
+def balance_scans(pipeline: Path) -> None:
+    """Ask a pipeline's folder to balance scans at other sizes, as the embedded model does."""
+    from gspn2_diffusion.evaluation.report import write_json
+
+    index = pipeline / "model_index.json"
+    write_json(json.loads(index.read_text(encoding="utf-8")) | {"balance_scans": True}, index)
+
+
 def judge_all(given: argparse.Namespace, work: Path, names: Sequence[str]) -> dict[str, Any]:
     """The scores of every finished variant from one judge, which the first of them trains where needed."""
     judge = given.judge or given.work / "judge"
@@ -220,6 +228,8 @@ def judge_all(given: argparse.Namespace, work: Path, names: Sequence[str]) -> di
         texts = [text for key, value in options.items() for text in (f"--{key}", str(value))]
         return [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *texts, *extra]
 
+    for name in names:
+        balance_scans(work / name / "pipeline")
     # The first one trains the judge, where there is none.
     run_all({name: command(name) for name in names}, work, needed=judge / "judge.json")
     found = {}

@@ -139,6 +139,13 @@ def module():
     return module
 
 
+def test_the_judged_pipelines_balance_their_scans(module, tmp_path):
+    index = tmp_path / "model_index.json"
+    index.write_text(json.dumps({"_class_name": "GSPN2Pipeline", "balance_scans": False}))
+    module.balance_scans(tmp_path)
+    assert json.loads(index.read_text()) == {"_class_name": "GSPN2Pipeline", "balance_scans": True}
+
+
 @pytest.mark.parametrize("makes", [True, False])
 def test_commands_wait_for_the_file_that_the_first_makes(module, tmp_path, monkeypatch, makes):
     """On several GPUs; without the file they start when the first has ended."""
