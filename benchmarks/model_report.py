@@ -13,7 +13,9 @@ COLOURS = {"attention": "#c0392b", "gspn2": "#2471a3", "none": "#7f8c8d"}
 def _times(result: dict[str, Any]) -> dict[tuple[str, str], dict[str, dict[int, dict[str, Any]]]]:
     """Rows by family and mode, then variant, then pixels."""
     found: dict[tuple[str, str], dict[str, dict[int, dict[str, Any]]]] = {}
-    for row in result["rows"]:
+    order = list(dict.fromkeys(row["family"] for row in result["rows"]))
+    # Families together, in whichever of several runs their rows were measured.
+    for row in sorted(result["rows"], key=lambda row: (order.index(row["family"]), row["mode"] != "eager")):
         panel = found.setdefault((row["family"], row["mode"]), {})
         panel.setdefault(row["variant"], {})[row["pixels"]] = row
     return found
@@ -21,9 +23,10 @@ def _times(result: dict[str, Any]) -> dict[tuple[str, str], dict[str, dict[int, 
 
 def render(result: dict[str, Any]) -> str:
     """Markdown: milliseconds (and peak GB) of every variant, and the two ratios."""
+    commits = ", ".join(dict.fromkeys(row["commit"][:7] for row in result["rows"]))
     lines = [
         f"{result['gpu']}, torch {result['torch']}, {result['dtype'].removeprefix('torch.')}, commit "
-        f"{result['commit'][:8]}; milliseconds of one denoiser call (peak GB).",
+        f"{commits}; milliseconds of one denoiser call (peak GB).",
         "",
         "| model | pixels | mode | attention | GSPN-2 | no mixer | over no mixer | faster than attention |",
         "|---|---|---|---|---|---|---|---|",

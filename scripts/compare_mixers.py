@@ -2,11 +2,13 @@
 
     python scripts/compare_mixers.py train --study mixers --pretrained gspn2-emoji --steps 2000 --batch 512
     python scripts/compare_mixers.py report
+    python scripts/compare_mixers.py sheet --variants gspn2,softmax
 
 "train" runs one variant per GPU at a time, each for exactly --steps steps, then lets one judge see all their
 pictures, and writes benchmarks/results/<study>.json. Variants that the file holds already stay in it, if they
 were trained with the same settings, so a study may be made in several calls. "report" makes docs/results.md
-from the files in benchmarks/results. Options after "--" go to scripts/train_text_to_image.py unchanged.
+from the files in benchmarks/results; "sheet" makes docs/results-transfer.webp from the sheets that judging at
+several --sizes left in --work. Options after "--" go to scripts/train_text_to_image.py unchanged.
 """
 
 from __future__ import annotations
@@ -40,6 +42,14 @@ def main(argv: list[str] | None = None) -> None:
         print(f"wrote {write_document(given.results, given.document)}")
         return
     try:
+        if given.action == "sheet":
+            from gspn2_diffusion.evaluation.document import TRANSFER_SHEET
+            from gspn2_diffusion.evaluation.transfer_sheet import transfer_sheet
+
+            names = (given.variants or "gspn2,softmax").split(",")
+            folders = [given.work / given.study / name / "evaluation" for name in names]
+            print(f"wrote {transfer_sheet(folders, given.document.with_name(TRANSFER_SHEET))}")
+            return
         train(given, passed)
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"compare_mixers: {error}") from None
@@ -49,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("action", choices=("train", "report"))
+    parser.add_argument("action", choices=("train", "report", "sheet"))
     add = parser.add_argument
     add("--study", default="mixers", choices=("mixers", "ablations"))
     add("--variants", default=None, help="only these, by commas")

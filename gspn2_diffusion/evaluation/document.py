@@ -25,6 +25,12 @@ _MEASURES = (
 )
 _SHORT = ("concept_top1/seen", "concept_top5/unseen_pair", "style/seen", "background", "relation/pair")
 _MISSING = "Not measured yet."
+TRANSFER_SHEET = "results-transfer.webp"
+_TRANSFER = (
+    "The same weights, trained at 256 px alone, at other sizes. Line scans are kept in balance there "
+    "(`balance_scans` of the pipeline), softmax attention has axial rotary positions; "
+    "a model named after a mixer is that of the table above."
+)
 
 
 def write_document(results: Path, document: Path) -> Path:
@@ -46,7 +52,10 @@ def write_document(results: Path, document: Path) -> Path:
     ]
     for name, title in (("mixers", "Mixers at equal parameters"), ("ablations", "Ablations")):
         parts.append(f"## {title}\n\n" + _study(studies[name], name, document.parent))
-    parts.append("## Resolution transfer\n\n" + _resolutions(studies["mixers"], evaluations))
+    transfer = _resolutions(studies["mixers"], evaluations)
+    if (document.parent / TRANSFER_SHEET).is_file():
+        transfer += f"\n\nThe same ten prompts and seeds:\n\n![Pictures of several sizes]({TRANSFER_SHEET})"
+    parts.append(f"## Resolution transfer\n\n{_TRANSFER}\n\n{transfer}")
     document.parent.mkdir(parents=True, exist_ok=True)
     _write(document, "\n\n".join(parts) + "\n")
     return document

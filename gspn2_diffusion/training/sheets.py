@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+_CAPTION = 48  # pixels beneath a picture
+
 
 @dataclass(frozen=True)
 class SheetPrompt:
@@ -60,17 +62,22 @@ def contact_sheet(
     font = ImageFont.load_default(size=12)
     columns = max(1, min(columns, len(pictures)))
     rows = -(-len(pictures) // columns)
-    high = tile + 48
-    sheet = Image.new("RGB", (columns * (tile + 8) + 8, rows * high + 8), (245, 245, 245))
+    sheet = Image.new("RGB", (columns * (tile + 8) + 8, rows * (tile + _CAPTION) + 8), (245, 245, 245))
     pen = ImageDraw.Draw(sheet)
     for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        left, top = 8 + index % columns * (tile + 8), 8 + index // columns * high
+        left, top, *_ = tile_box(index, columns=columns, tile=tile)
         scale = tile / max(picture.size)
         shape = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
         sheet.paste(picture.convert("RGB").resize(shape, Image.Resampling.LANCZOS), (left, top))
         lines = textwrap.wrap(caption, max(8, tile // 7))[:3]
         pen.text((left, top + tile + 2), "\n".join(lines), font=font, fill=(20, 20, 20), spacing=1)
     return sheet
+
+
+def tile_box(index: int, *, columns: int, tile: int) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a picture's square on a contact sheet."""
+    left, top = 8 + index % columns * (tile + 8), 8 + index // columns * (tile + _CAPTION)
+    return left, top, left + tile, top + tile
 
 
 def save_picture(picture: Image.Image, path: str | Path) -> None:

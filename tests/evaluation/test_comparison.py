@@ -5,12 +5,15 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from gspn2_diffusion.evaluation.comparison import count_parameters, hybrid_layers, read_run, variants
-from gspn2_diffusion.evaluation.document import plot, write_document
+from gspn2_diffusion.evaluation.document import TRANSFER_SHEET, plot, write_document
 from gspn2_diffusion.models.transformer_gspn2 import GSPN2Transformer2DModel
+from gspn2_diffusion.training.sheets import contact_sheet, save_picture
 
 ROOT = Path(__file__).parents[2]
 BASE = json.loads((ROOT / "configs" / "gspn2-emoji-transformer.json").read_text())
@@ -127,6 +130,7 @@ def test_a_plot_without_points_is_still_a_picture():
 
 
 def test_the_committed_document_is_the_one_that_the_files_give(tmp_path):
+    (tmp_path / TRANSFER_SHEET).write_bytes(b"")  # shown where it is
     made = write_document(ROOT / "benchmarks" / "results", tmp_path / "results.md")
     assert made.read_text() == (ROOT / "docs" / "results.md").read_text()
 
@@ -144,6 +148,28 @@ def test_the_judged_pipelines_balance_their_scans(module, tmp_path):
     index.write_text(json.dumps({"_class_name": "GSPN2Pipeline", "balance_scans": False}))
     module.balance_scans(tmp_path)
     assert json.loads(index.read_text()) == {"_class_name": "GSPN2Pipeline", "balance_scans": True}
+
+
+def test_the_sheet_of_sizes_shows_the_same_prompts_of_every_model(module, tmp_path, capsys):
+    """Rows: one model after the other, small pictures first; a colour stands for model, size and prompt."""
+    for model, red in (("gspn2", 50), ("softmax", 200)):
+        folder = tmp_path / "mixers" / model / "evaluation"
+        for name, side, green in (("", 256, 100), ("-512x512", 512, 180), ("-128x128", 128, 20)):
+            folder.mkdir(parents=True, exist_ok=True)
+            pictures = [Image.new("RGB", (8, 8), (red, green, 10 * number)) for number in range(20)]
+            save_picture(
+                contact_sheet(pictures, ["x"] * 20, columns=16, tile=128), folder / f"sheet{name}.png"
+            )
+            scores = {"settings": {"height": side, "width": side}}
+            (folder / f"results{name}.json").write_text(json.dumps(scores))
+    module.main(["sheet", "--work", str(tmp_path), "--document", str(tmp_path / "results.md")])
+    with Image.open(tmp_path / TRANSFER_SHEET) as made:
+        assert made.size == (120 + 10 * 136 + 8, 6 * 136 + 8)
+        seen = [[made.getpixel((120 + 64 + 136 * x, 8 + 64 + 136 * y)) for x in (0, 9)] for y in range(6)]
+    wanted = [[(r, g, 10 * x) for x in (0, 9)] for r in (50, 200) for g in (20, 100, 180)]
+    assert np.abs(np.array(seen, int) - np.array(wanted, int)).max() < 12
+    with pytest.raises(SystemExit, match="no sheets in"):
+        module.main(["sheet", "--work", str(tmp_path), "--variants", "linear"])
 
 
 @pytest.mark.parametrize("makes", [True, False])
