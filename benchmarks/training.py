@@ -119,7 +119,7 @@ def try_cell(run: Run, cell: Cell, options: argparse.Namespace) -> dict[str, Any
         try:
             return measure(run, cell, batch, options.seconds_per_cell)
         except torch.OutOfMemoryError as error:
-            message = str(error).split(".")[0]
+            message = str(error).splitlines()[0][:160]
         clean(run)
         if batch == 1 or run.world > 1:
             return {**dataclasses.asdict(cell), "tokens": cell.tokens, "error": f"out of memory: {message}"}
@@ -195,9 +195,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.tiny:
         options.models, options.pixels, options.compile = ["tiny"], [32, 64], "no"
-    if options.capped:  # weights, gradients, moments and averages in float32 take 12 GB
+    if options.capped:  # weights, gradients, moments and averages in float32 take 12 GB, a picture 1 GB
         options.models, options.pixels, options.compile = ["0.6b"], [256], "no"
-        options.mixers, options.batch, options.memory_gib = ["gspn2"], 4, 9.0
+        options.mixers, options.batch, options.memory_gib = ["gspn2"], 1, 9.0
     return options
 
 

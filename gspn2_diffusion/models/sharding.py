@@ -2,8 +2,9 @@
 
 Everything in a block but the scan is local to a token (or to its neighbours, in the local perception unit),
 so each rank keeps some rows of the picture. The scan needs all rows but treats every proxy channel alone, so
-inside it each rank holds some channels of the whole picture: one all-to-all before the scan, one after. The
-result is that of one GPU up to the rounding of matrix products of other shapes.
+inside it each rank holds some channels of the whole picture: the few proxy channels are gathered before the
+scan, an all-to-all returns the rows after it. The result is that of one GPU up to the rounding of matrix
+products of other shapes.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def _forward(transformer: Any, group: Any, hidden_states: torch.Tensor, *args: A
         hidden_states[:, :, start : start + count], *args, return_dict=False, **kwargs
     )[0]
     rows = [part * patch for part in parts]
-    sample = _exchange(local.permute(2, 0, 1, 3), [rows[rank]], rows, group, repeat=True)
+    sample = _gather(local.permute(2, 0, 1, 3), rows, group)
     sample = sample.permute(1, 2, 0, 3).contiguous()
     if not return_dict:
         return (sample,)
@@ -116,64 +117,91 @@ def _forward(transformer: Any, group: Any, hidden_states: torch.Tensor, *args: A
     return Transformer2DModelOutput(sample=sample)
 
 
-def _exchange(
-    rows: torch.Tensor, send: list[int], receive: list[int], group: Any, repeat: bool = False
-) -> torch.Tensor:
+def _exchange(rows: torch.Tensor, send: list[int], receive: list[int], group: Any) -> torch.Tensor:
     """All-to-all over the first dimension.
 
     Args:
         rows: ``(sum(send), ...)``, the part for each rank after the other.
         send, receive: rows for and from every rank.
-        repeat: send all of ``rows`` to every rank (an all-gather of unequal parts).
 
     Returns:
         ``(sum(receive), ...)``, the part from each rank after the other.
     """
-    size = dist.get_world_size(group)
-    if repeat:
-        rows, send = rows.repeat(size, *[1] * (rows.ndim - 1)), send * size
     out = rows.new_empty(sum(receive), *rows.shape[1:])
     dist.all_to_all_single(out, rows.contiguous(), receive, send, group=group)
     return out
 
 
+def _gather(rows: torch.Tensor, parts: list[int], group: Any) -> torch.Tensor:
+    """``(sum(parts), ...)``: ``rows (parts[rank], ...)`` of every rank, one after the other."""
+    rows = rows.contiguous()
+    if len(set(parts)) == 1:
+        out = rows.new_empty(sum(parts), *rows.shape[1:])
+        dist.all_gather_into_tensor(out, rows, group=group)
+        return out
+    copies = rows.repeat(len(parts), *[1] * (rows.ndim - 1))  # NCCL gathers equal parts only
+    return _exchange(copies, [rows.shape[0]] * len(parts), parts, group)
+
+
 def _mix(mixer: GSPN2Mixer, group: Any, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """:meth:`GSPN2Mixer.forward` on this rank's ``height`` rows."""
-    size, parts = dist.get_world_size(group), mixer.__dict__["_row_shares"]
-    proxy = mixer.to_proxy(hidden_states)
-    lam, u, weight = mixer._split_scan(mixer.to_scan(proxy), height, width)
-    batch, directions = proxy.shape[0], len(mixer.directions)
-    share = mixer.proxy_dim // size
-    grid = (batch, height, width)
+    """:meth:`GSPN2Mixer.forward` on this rank's ``height`` rows.
 
-    def by_rank(tensor: torch.Tensor) -> torch.Tensor:
-        """``(B, h, W, ..., P)`` -> ``(n, h, B, W, features of one rank)``."""
-        split = tensor.reshape(*grid, -1, size, share)
-        return split.permute(4, 1, 0, 2, 3, 5).flatten(4)
+    What travels is little: the proxy channels of all rows to every rank, which then projects its own share of
+    the scan's inputs for the whole picture, and each rank's channels of the scan's result.
+    """
+    size, rank, parts = dist.get_world_size(group), dist.get_rank(group), mixer.__dict__["_row_shares"]
+    batch, directions, share = hidden_states.shape[0], len(mixer.directions), mixer.proxy_dim // size
+    proxy = mixer.to_proxy(hidden_states).unflatten(1, (height, width))
+    whole = _gather(proxy.transpose(0, 1), parts, group).transpose(0, 1)  # (B, H, W, P)
 
-    groups = mixer.num_weight_groups
-    if groups == 1:
-        weights = weight.reshape(*grid, -1).permute(1, 0, 2, 3).expand(size, -1, -1, -1, -1)
-    else:
-        weights = weight.reshape(*grid, directions, size, -1).permute(4, 1, 0, 2, 3, 5).flatten(4)
-    packed = torch.cat((by_rank(proxy), by_rank(lam), by_rank(u), weights), dim=-1)  # (n, h, B, W, F)
-    whole = _exchange(packed.flatten(0, 1), [height] * size, parts, group)  # (H, B, W, F)
-    whole = whole.permute(1, 0, 2, 3)  # (B, H, W, F)
-
-    count = directions * share
-    x, gates_in, gates_out, taps = whole.split((share, count, count, whole.shape[-1] - share - 2 * count), -1)
+    features = _scan_features(
+        directions, mixer.proxy_dim, mixer.num_weight_groups, rank, size, hidden_states.device
+    )
+    groups = max(1, mixer.num_weight_groups // size)
+    gates, taps = directions * share, directions * groups * 3
+    scan = _project(mixer.to_scan, whole, features)
+    lam, u, weight, _ = scan.split((gates, gates, taps, scan.shape[-1] - 2 * gates - taps), -1)
     y = line_scan(
-        x,
-        taps.unflatten(-1, (directions, -1, 3)),
-        gates_in.unflatten(-1, (directions, share)),
-        gates_out.unflatten(-1, (directions, share)),
+        whole[..., rank * share : (rank + 1) * share],
+        weight.unflatten(-1, (directions, groups, 3)),
+        lam.unflatten(-1, (directions, share)),
+        u.unflatten(-1, (directions, share)),
         directions=mixer.directions,
         chunk_size=mixer.chunk_size,
         backend=mixer.backend,
     )  # (B, H, W, D, P / n)
-    back = _exchange(y.permute(1, 0, 2, 3, 4), parts, [height] * size, group)  # (n * h, B, W, D, P / n)
+    back = _exchange(y.transpose(0, 1), parts, [height] * size, group)  # (n * h, B, W, D, P / n)
     back = back.unflatten(0, (size, height)).permute(2, 1, 3, 4, 0, 5)  # (B, h, W, D, n, P / n)
     return mixer.to_out(back.reshape(batch, height * width, -1))
+
+
+@functools.lru_cache(maxsize=64)  # layers are alike
+def _scan_features(
+    directions: int, channels: int, groups: int, rank: int, size: int, device: torch.device
+) -> torch.Tensor:
+    """Which outputs of ``to_scan`` a rank needs; padded to 16 bytes in half precision."""
+    gates, taps = directions * channels, directions * groups * 3
+    lam, u, weight = torch.arange(2 * gates + taps).split((gates, gates, taps))
+
+    def own(features: torch.Tensor, count: int) -> torch.Tensor:
+        """This rank's part of ``count`` channels or groups; a single group serves all ranks."""
+        if count == 1:
+            return features
+        each = count // size
+        return features.unflatten(0, (directions, count, -1))[:, rank * each : (rank + 1) * each].flatten()
+
+    wanted = torch.cat((own(lam, channels), own(u, channels), own(weight, groups)))
+    return torch.cat((wanted, wanted[:1].expand(-wanted.numel() % 8))).to(device)  # the padding is never read
+
+
+def _project(linear: nn.Linear, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Some output features of a linear layer; all are computed where it is more than that (LoRA, hooks)."""
+    plain = type(linear) is nn.Linear and "forward" not in linear.__dict__
+    if plain and not (linear._forward_hooks or linear._forward_pre_hooks):
+        bias = None if linear.bias is None else linear.bias[features]
+        return F.linear(x, linear.weight[features], bias)
+    whole: torch.Tensor = linear(x)
+    return whole[..., features]
 
 
 def _perceive(
@@ -183,10 +211,23 @@ def _perceive(
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     picture = hidden_states.unflatten(1, (height, width))  # (B, h, W, C)
     edges = torch.stack((picture[:, 0], picture[:, -1]))  # (2, B, W, C)
-    everyone = _exchange(edges, [2], [2] * size, group, repeat=True)  # first and last row of every rank
+    everyone = _gather(edges, [2] * size, group)  # first and last row of every rank
     nothing = torch.zeros_like(edges[0])
     above = everyone[2 * rank - 1] if rank > 0 else nothing
     below = everyone[2 * rank + 2] if rank < size - 1 else nothing
-    padded = torch.cat((above[:, None], picture, below[:, None]), dim=1).permute(0, 3, 1, 2)
-    local = F.conv2d(padded, unit.conv.weight, unit.conv.bias, padding=(0, 1), groups=unit.conv.groups)
-    return hidden_states + local.permute(0, 2, 3, 1).flatten(1, 2)
+
+    def convolve(rows: torch.Tensor) -> torch.Tensor:
+        """``(B, n, W, C)`` -> ``(B, n - 2, W, C)``."""
+        conv = unit.conv
+        local = F.conv2d(rows.permute(0, 3, 1, 2), conv.weight, conv.bias, padding=(0, 1), groups=conv.groups)
+        return local.permute(0, 2, 3, 1)
+
+    out = torch.empty_like(picture)
+    if height > 2:  # the large inner part is not copied
+        torch.add(picture[:, 1:-1], convolve(picture), out=out[:, 1:-1])
+    for row, three in (
+        (0, torch.cat((above[:, None], picture[:, :2], below[:, None]), dim=1)[:, :3]),
+        (-1, torch.cat((above[:, None], picture[:, -2:], below[:, None]), dim=1)[:, -3:]),
+    ):
+        torch.add(picture[:, row], convolve(three)[:, 0], out=out[:, row])
+    return out.flatten(1, 2)
