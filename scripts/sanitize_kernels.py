@@ -1,4 +1,4 @@
-"""Runs every line-scan kernel on the shapes of the tests; meant to be run under compute-sanitizer.
+"""Runs every kernel on the shapes of the tests; meant to be run under compute-sanitizer.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
         python3 scripts/sanitize_kernels.py
@@ -14,7 +14,7 @@ import sys
 
 import torch
 
-from gspn2_diffusion.ops import cupy_backend, scan_kernels
+from gspn2_diffusion.ops import cupy_backend, local_perception_kernels, scan_kernels
 from gspn2_diffusion.ops.plane_plans import PlaneTile, plane_plan
 from gspn2_diffusion.ops.plans import Problem, Tile, tiled_plan
 
@@ -94,6 +94,15 @@ def run_plane(size: tuple[int, int], tile: PlaneTile) -> None:
     scan_kernels.line_scan_backward(dy, x, weight, lam, u, state, *options, plan=plans[1])
 
 
+def run_local_perception(size: tuple[int, int], channels: int, dtype: torch.dtype) -> None:
+    """The convolution and all its gradients."""
+    x, dy = (torch.randn(2, *size, channels, device="cuda", dtype=dtype) for _ in range(2))
+    weight = torch.randn(channels, 1, 3, 3, device="cuda")
+    bias = torch.randn(channels, device="cuda")
+    local_perception_kernels.convolve(x, weight, bias)
+    local_perception_kernels.gradients(dy, x, weight, bias, (True, True, True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="leave out the two tall shapes")
@@ -115,6 +124,8 @@ def main() -> None:
             torch.cuda.synchronize()
             print(f"{index + 1} of {len(cases)} cases", flush=True)
     if not options.tall:
+        for size, count, dtype in itertools.product(SHAPES, (3, 40, 132), dtypes):
+            run_local_perception(size, count, dtype)
         clusters = cupy_backend.clusters(torch.cuda.current_device())
         for size, count, tile in TILES:
             if tile.cluster in clusters:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from scan_cases import poisoned_memory
 
-from gspn2_diffusion.ops import cupy_backend, launches
+from gspn2_diffusion.ops import cupy_backend, launches, local_perception_kernels
 from gspn2_diffusion.ops.plans import Plan
 
 SHARED_LIMIT = 227 * 1024
@@ -31,12 +31,14 @@ PROBLEMS = {
 @functools.cache
 def library(source: str, dtype: torch.dtype, vec: int, run: int, entry: str) -> ctypes.CDLL:
     code = cupy_backend.kernel_source(source, dtype, vec, run, folders=(HERE, cupy_backend.source_folder()))
-    cluster = "1" if source in cupy_backend.GENERIC or source == entry else entry.rsplit("_", 1)[1]
+    single = source in (*cupy_backend.GENERIC, cupy_backend.FINISH, cupy_backend.LOCAL)
+    cluster = "1" if single else entry.rsplit("_", 1)[1]
     code = re.sub(rf"^ENTRY\((?!{cluster},).*$", "", code, flags=re.MULTILINE)  # other cluster sizes
     code = f"""#include "{HERE / "emulator.hpp"}"
 {code}
+template <typename P> P parameter_of(void (*kernel)(P));
 extern "C" int emulate(const void* parameters, int grid, int threads, int shared_bytes, unsigned seed) {{
-  const Parameters& p = *static_cast<const Parameters*>(parameters);
+  const auto& p = *static_cast<const decltype(parameter_of({entry}))*>(parameters);
   return emulator::launch(grid, threads, {cluster}, shared_bytes, seed, [&] {{ {entry}(p); }});
 }}
 """
@@ -95,7 +97,10 @@ def tensor_map(
 @contextlib.contextmanager
 def emulated(patch: pytest.MonkeyPatch) -> Iterator[None]:
     """Lets ``scan_kernels`` take tensors in main memory; whatever it allocates is NaN at first."""
-    caches = (launches.forward_launch, launches.backward_launch, launches.finish_launch)
+    caches = (
+        *(launches.forward_launch, launches.backward_launch, launches.finish_launch),
+        *(local_perception_kernels._convolution, local_perception_kernels._reduction),
+    )
     patch.setattr(cupy_backend, "starter", starter)
     patch.setattr(cupy_backend, "bind", lambda device: None)
     patch.setattr(cupy_backend, "processors", lambda device: 2)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from gspn2_diffusion.layers.feed_forward import LocalPerceptionUnit
+from gspn2_diffusion.layers.feed_forward import LocalPerceptionUnit, is_plain
 from gspn2_diffusion.layers.mixer import GSPN2Mixer
 from gspn2_diffusion.ops.line_scan import line_scan
 
@@ -196,8 +196,7 @@ def _scan_features(
 
 def _project(linear: nn.Linear, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     """Some output features of a linear layer; all are computed where it is more than that (LoRA, hooks)."""
-    plain = type(linear) is nn.Linear and "forward" not in linear.__dict__
-    if plain and not (linear._forward_hooks or linear._forward_pre_hooks):
+    if is_plain(linear):
         bias = None if linear.bias is None else linear.bias[features]
         return F.linear(x, linear.weight[features], bias)
     whole: torch.Tensor = linear(x)
@@ -216,18 +215,14 @@ def _perceive(
     above = everyone[2 * rank - 1] if rank > 0 else nothing
     below = everyone[2 * rank + 2] if rank < size - 1 else nothing
 
-    def convolve(rows: torch.Tensor) -> torch.Tensor:
-        """``(B, n, W, C)`` -> ``(B, n - 2, W, C)``."""
-        conv = unit.conv
-        local = F.conv2d(rows.permute(0, 3, 1, 2), conv.weight, conv.bias, padding=(0, 1), groups=conv.groups)
-        return local.permute(0, 2, 3, 1)
+    def perceive(rows: torch.Tensor) -> torch.Tensor:
+        """The unit on ``(B, n, W, C)``, with nothing around it."""
+        return LocalPerceptionUnit.forward(unit, rows.flatten(1, 2), rows.shape[1], width).unflatten(
+            1, (-1, width)
+        )
 
-    out = torch.empty_like(picture)
-    if height > 2:  # the large inner part is not copied
-        torch.add(picture[:, 1:-1], convolve(picture), out=out[:, 1:-1])
-    for row, three in (
-        (0, torch.cat((above[:, None], picture[:, :2], below[:, None]), dim=1)[:, :3]),
-        (-1, torch.cat((above[:, None], picture[:, -2:], below[:, None]), dim=1)[:, -3:]),
-    ):
-        torch.add(picture[:, row], convolve(three)[:, 0], out=out[:, row])
+    out = perceive(picture)  # right but for the first and the last row
+    first = torch.cat((above[:, None], picture[:, :2], below[:, None]), dim=1)[:, :3]
+    last = torch.cat((above[:, None], picture[:, -2:], below[:, None]), dim=1)[:, -3:]
+    out[:, 0], out[:, -1] = perceive(first)[:, 1], perceive(last)[:, 1]
     return out.flatten(1, 2)

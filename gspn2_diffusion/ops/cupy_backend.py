@@ -26,6 +26,7 @@ GENERIC = ("line_scan_forward", "line_scan_backward")
 TILED = ("line_scan_forward_tiled", "line_scan_backward_tiled")
 PLANE = ("line_scan_forward_plane", "line_scan_backward_plane")
 FINISH = "line_scan_finish"
+LOCAL = "local_perception"
 CLUSTERS = (1, 2, 3, 4, 5, 7, 8, 16)
 _NON_PORTABLE_CLUSTER = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
 _SCALAR = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -85,6 +86,7 @@ def variants() -> list[Variant]:
         found += [(name, dtype, vec * 2 // dtype.itemsize, run) for name in TILED for vec, run in RUNS]
         found += [(name, dtype, PLANE_RUN, PLANE_RUN) for name in PLANE]
         found += [(FINISH, dtype, chunk, 1)]
+        found += [(LOCAL, dtype, vec, 1) for vec in (1, 4)]
     return found
 
 

@@ -87,7 +87,7 @@ def line_scan(
     if launch is not None:
         return _run(launch, x, weight, lam, u)
     codes = _check(x, weight, lam, u, directions, chunk_size, backend)
-    if _choose_backend(backend, x) == "reference":
+    if choose_backend(backend, x) == "reference":
         return line_scan_reference(x, weight, lam, u, directions, chunk_size, normalize)
     chunk, normalize = chunk_size or 0, bool(normalize)
     if torch.compiler.is_compiling() or type(x) not in _EAGER_TYPES or x.numel() == 0:
@@ -157,7 +157,8 @@ def _run(launch: Launch, x: Tensor, weight: Tensor, lam: Tensor, u: Tensor | Non
     return scan_kernels.run_forward(launch, x, weight, lam, u, False)[0]
 
 
-def _choose_backend(backend: str, x: Tensor) -> str:
+def choose_backend(backend: str, x: Tensor) -> str:
+    """ "cupy" or "reference" for an operator's first tensor; raises where "cupy" cannot be honoured."""
     if backend == "reference":
         return "reference"
     if backend == "cupy":

@@ -46,7 +46,7 @@ def operator_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def choose(backend: str, x: torch.Tensor) -> str:
         return "cupy" if torch.compiler.is_compiling() else "reference"
 
-    monkeypatch.setattr(line_scan, "_choose_backend", choose)
+    monkeypatch.setattr(line_scan, "choose_backend", choose)
     with torch.library._scoped_library("gspn2_diffusion", "IMPL") as library:
         library.impl("line_scan_forward", on_cpu, "CPU")
         yield
