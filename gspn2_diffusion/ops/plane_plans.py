@@ -11,7 +11,7 @@ RUN = 4  # positions of a lane, elements of its vectors
 STAGES = 2  # as in cuda/plane.cuh
 SPAN = 32 * RUN  # positions of a warp
 MAX_WARPS = {False: 9, True: 6}  # of a block, by whether backward: KERNEL_THREADS of the kernels
-FEW_WARPS = {False: 4, True: 3}  # of a block of which two fit a multiprocessor of an H200
+FEW_WARPS = 4  # of a block; two blocks of more do not fit a multiprocessor of an H200
 CLUSTERS = (1, 2, 4, 8)
 
 
@@ -67,14 +67,14 @@ def choose_plane_tile(
 ) -> PlaneTile | None:
     """The fewest blocks that hold a line, of up to `FEW_WARPS` warps if there are such; None where none can.
 
-    With more warps one block fits a multiprocessor of an H200. Forward at 64 x 1024 x 1024, one, two, four
-    and eight blocks for a line took 4.1, 3.5, 5.0 and 7.2 ms; backward was not measured.
+    Forward at 64 x 1024 x 1024, one, two, four and eight blocks for a line took 3.2, 3.1, 4.8 and 6.5 ms on
+    an H200; backward, two, four and eight took 10.0, 11.2 and 14.5 ms.
     """
     fitting = []
     for tile in plane_tiles(problem, [n for n in clusters if n in CLUSTERS]):
         plan = plane_plan(problem, tile, True, shared_limit)
         if plan is not None:
-            fitting.append((plan.threads > 32 * FEW_WARPS[problem.backward], tile.cluster, tile))
+            fitting.append((plan.threads > 32 * FEW_WARPS, tile.cluster, tile))
     return min(fitting)[-1] if fitting else None
 
 
