@@ -79,7 +79,7 @@ def test_only_the_gradients_that_are_wanted():
 def test_compiled_training_step(autocast):
     """In one graph; the unit keeps the dtype of the tokens under autocast."""
     torch.use_deterministic_algorithms(False)
-    unit = LocalPerceptionUnit(32).cuda()
+    unit = LocalPerceptionUnit(32, backend="auto").cuda()
     x, dy = (torch.randn(2, 12 * 9, 32, device="cuda") for _ in range(2))
     found = []
     for run in (unit, torch.compile(unit, fullgraph=True)):
