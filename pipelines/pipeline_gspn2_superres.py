@@ -18,6 +18,7 @@ from diffusers.utils import BaseOutput
 
 from gspn2_diffusion.pipelines import input_checks, tiled_vae
 from gspn2_diffusion.pipelines.call import EMBEDS, CallInputs, Generators, StepCallback
+from gspn2_diffusion.pipelines.colours import ColourMap, colour_map
 from gspn2_diffusion.pipelines.guidance import Guidance
 from gspn2_diffusion.pipelines.image_conditioned import ImageConditionedPipeline
 from gspn2_diffusion.pipelines.image_inputs import picture_size
@@ -35,6 +36,8 @@ from gspn2_diffusion.pipelines.superres_checks import check_sizes, check_strengt
 from gspn2_diffusion.strip_files import check_disk_space, open_strip_file
 
 logger = logging.getLogger(__name__)
+
+_SMALL_FOR_COLOURS = 32  # latents along the longer side
 
 STRENGTH = 0.35
 
@@ -70,6 +73,7 @@ class GSPN2SuperResPipeline(ImageConditionedPipeline):
 
     _plan: MemoryPlan | None = None
     _balanced: bool = True
+    _drawn: torch.Tensor | None = None  # the first stage in small, whose colours are kept
 
     @torch.no_grad()
     def __call__(
@@ -85,6 +89,7 @@ class GSPN2SuperResPipeline(ImageConditionedPipeline):
         sizes: Sequence[tuple[int, int]] | None = None,
         memory_budget: int | float | str | None = None,
         balance_scans: bool = True,
+        keep_colours: bool = True,
         generator: Generators | None = None,
         output_type: str = "pil",
         output_path: str | os.PathLike[str] | None = None,
@@ -114,6 +119,8 @@ class GSPN2SuperResPipeline(ImageConditionedPipeline):
             balance_scans: keep the weight that line scans had at the size of training (see
                 :func:`~gspn2_diffusion.pipelines.low_memory.balanced_scans`); off for a model trained at
                 many sizes.
+            keep_colours: give every stage, and the decoded picture, the colours of the first stage, which
+                drift otherwise (see :mod:`~gspn2_diffusion.pipelines.colours`).
             generator: draws the noise of all stages in turn.
             output_type: "pil", "np", "pt" or "latent", see :class:`GSPN2PipelineOutput`.
             output_path: a file ending in .png, .tif or .tiff. The picture is written in strips and never in
@@ -156,12 +163,13 @@ class GSPN2SuperResPipeline(ImageConditionedPipeline):
         try:
             with chunked_feed_forward(self.transformer, plan.feed_forward_tokens):
                 latents = self._start(call, stages[0], image)
+                self._drawn = self._in_small(latents) if keep_colours else None
                 for size, share in zip(refined, strengths, strict=True):
                     if not self.interrupt:
                         latents = self._refine(call, self._enlarge(latents, size), size, share)
             pictures, path = self._finish(latents, height, width, output_type, output_path, output_texts)
         finally:
-            self._plan = None
+            self._plan = self._drawn = None
         self.maybe_free_model_hooks()
         return GSPN2SuperResOutput(pictures, path, plan, stages) if return_dict else (pictures,)
 
@@ -280,22 +288,33 @@ class GSPN2SuperResPipeline(ImageConditionedPipeline):
         """Pixels ``(1, 3, H, W)`` in [-1, 1] to latents ``(1, C, h, w)`` float32, at once."""
         return self.encode_pictures(pixels, pixels.device)
 
+    def _in_small(self, latents: torch.Tensor) -> torch.Tensor:
+        """The picture ``(1, 3, h, w)`` of latents, in small."""
+        return self.decode_pixels(tiled_vae.in_small(latents, _SMALL_FOR_COLOURS)).float()
+
+    def _colours(self, latents: torch.Tensor) -> ColourMap | None:
+        """What gives the picture of latents the colours of the first stage."""
+        return None if self._drawn is None else colour_map(self._in_small(latents), self._drawn)
+
     def _enlarge(self, latents: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """Latents of the picture at ``size`` pixels; as they are if they have it."""
         scale = self.vae_scale_factor
         target = (size[0] // scale, size[1] // scale)
         if tuple(latents.shape[-2:]) == target:
             return latents
-        tile = self._tile()
+        tile, colours = self._tile(), self._colours(latents)
+
+        def decode(part: torch.Tensor) -> torch.Tensor:
+            pixels = self.decode_pixels(part)
+            return pixels if colours is None else colours.apply_(pixels)
+
         small = tiled_vae.in_small(latents, tiled_vae.SMALL)
         whole = max(target) <= tile
         decoder = nullcontext() if whole else self._pinned("decoder", latents, tiled_vae.SMALL)
         with decoder:
             encoder = nullcontext() if whole else self._pinned("encoder", self.decode_pixels(small), 10**9)
             with encoder:
-                return tiled_vae.upscale_tiles(
-                    self.decode_pixels, self.encode_pixels, latents, target, scale, tile
-                )
+                return tiled_vae.upscale_tiles(decode, self.encode_pixels, latents, target, scale, tile)
 
     def _encode_tiled(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pictures ``(1, 3, H, W)`` in [-1, 1], or latents as they are, to latents."""
@@ -322,7 +341,7 @@ class GSPN2SuperResPipeline(ImageConditionedPipeline):
         Raises:
             ValueError: values that are not numbers.
         """
-        tile, done = self._tile(), 0
+        tile, done, colours = self._tile(), 0, self._colours(latents)
         pinned = (
             nullcontext()
             if max(latents.shape[-2:]) <= tile
@@ -334,6 +353,8 @@ class GSPN2SuperResPipeline(ImageConditionedPipeline):
                     raise ValueError(f"the picture has values that are not numbers in {self.vae.dtype}")
                 strip = strip[:, : height - done, :width]
                 done += strip.shape[1]
+                if colours is not None:
+                    colours.apply_(strip)
                 rows = strip.div_(2).add_(0.5).clamp_(0, 1).mul_(255).round_()
                 yield rows.to(torch.uint8).permute(1, 2, 0).numpy()
 

@@ -17,7 +17,7 @@ MIXERS = ("gspn2", "softmax", "linear", "none")
 
 def modulate(normed: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """``normed (B, N, C)`` shifted and scaled by ``(B, 1, C)``, in the dtype of ``normed``."""
-    return (normed * (1 + scale) + shift).to(normed.dtype)
+    return torch.addcmul(shift, normed, 1 + scale).to(normed.dtype)
 
 
 def make_mixer(
@@ -118,7 +118,7 @@ class GSPN2TransformerBlock(nn.Module):
         if self.mixer is not None:
             shift, scale, gate = parts[:3]
             normed = modulate(self.norm1(hidden_states), shift, scale)
-            hidden_states = hidden_states + gate * self.mixer(normed, height, width)
+            hidden_states = torch.addcmul(hidden_states, gate, self.mixer(normed, height, width))
         hidden_states = hidden_states + self.cross_attn(
             self.norm2(hidden_states),
             encoder_hidden_states=encoder_hidden_states,
@@ -127,4 +127,4 @@ class GSPN2TransformerBlock(nn.Module):
         if self.local_perception is not None:
             hidden_states = self.local_perception(hidden_states, height, width)
         shift, scale, gate = parts[-3:]
-        return hidden_states + gate * self.ff(modulate(self.norm3(hidden_states), shift, scale))
+        return torch.addcmul(hidden_states, gate, self.ff(modulate(self.norm3(hidden_states), shift, scale)))

@@ -20,8 +20,8 @@ class LocalPerceptionUnit(nn.Module):
 
     Args:
         dim: channels of the tokens.
-        backend: "auto", "cupy" or "reference", see :func:`~gspn2_diffusion.line_scan`. May be set later. Plain
-            torch until the kernel has run on a GPU.
+        backend: "auto", "cupy" or "reference", see :func:`~gspn2_diffusion.line_scan`. May be set later.
+            Plain torch until the kernel has run on a GPU.
     """
 
     def __init__(self, dim: int, backend: str = "reference") -> None:
