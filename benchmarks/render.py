@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import block_report
 import denoiser_table
-import local_report
 import model_report
 import scan_report
 import size_report
@@ -46,7 +46,7 @@ def line_scan(result: dict[str, Any]) -> str:
 
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "line_scan-": line_scan,
-    "local_perception-": local_report.render,
+    "block_kernels-": block_report.render,
     "training-": training_report.render,
     "distillation-": training_report.distillation,
     "models-": models,

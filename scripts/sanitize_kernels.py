@@ -14,7 +14,12 @@ import sys
 
 import torch
 
-from gspn2_diffusion.ops import cupy_backend, local_perception_kernels, scan_kernels
+from gspn2_diffusion.ops import (
+    ada_layer_norm_kernels,
+    cupy_backend,
+    local_perception_kernels,
+    scan_kernels,
+)
 from gspn2_diffusion.ops.plane_plans import PlaneTile, plane_plan
 from gspn2_diffusion.ops.plans import Problem, Tile, tiled_plan
 
@@ -103,6 +108,15 @@ def run_local_perception(size: tuple[int, int], channels: int, dtype: torch.dtyp
     local_perception_kernels.gradients(dy, x, weight, bias, (True, True, True))
 
 
+def run_norm(size: tuple[int, int], channels: int, dtype: torch.dtype) -> None:
+    """The modulated norm and all its gradients."""
+    x = torch.randn(2, size[0] * size[1], channels, device="cuda", dtype=dtype)
+    shift, scale = (torch.randn(2, 1, channels, device="cuda") for _ in range(2))
+    y, stats = ada_layer_norm_kernels.normalise(x, shift, scale, 1e-6, dtype, True)
+    assert stats is not None
+    ada_layer_norm_kernels.gradients(y, x, shift, scale, stats, (True, True, True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="leave out the two tall shapes")
@@ -126,6 +140,8 @@ def main() -> None:
     if not options.tall:
         for size, count, dtype in itertools.product(SHAPES, (3, 40, 132), dtypes):
             run_local_perception(size, count, dtype)
+        for size, count, dtype in itertools.product(SHAPES, (20, 1156), dtypes):
+            run_norm(size, count, dtype)
         clusters = cupy_backend.clusters(torch.cuda.current_device())
         for size, count, tile in TILES:
             if tile.cluster in clusters:

@@ -16,7 +16,12 @@ import pytest
 import torch
 from scan_cases import poisoned_memory
 
-from gspn2_diffusion.ops import cupy_backend, launches, local_perception_kernels
+from gspn2_diffusion.ops import (
+    ada_layer_norm_kernels,
+    cupy_backend,
+    launches,
+    local_perception_kernels,
+)
 from gspn2_diffusion.ops.plans import Plan
 
 SHARED_LIMIT = 227 * 1024
@@ -31,7 +36,7 @@ PROBLEMS = {
 @functools.cache
 def library(source: str, dtype: torch.dtype, vec: int, run: int, entry: str) -> ctypes.CDLL:
     code = cupy_backend.kernel_source(source, dtype, vec, run, folders=(HERE, cupy_backend.source_folder()))
-    single = source in (*cupy_backend.GENERIC, cupy_backend.FINISH, cupy_backend.LOCAL)
+    single = source in (*cupy_backend.GENERIC, cupy_backend.FINISH, cupy_backend.LOCAL, cupy_backend.NORM)
     cluster = "1" if single else entry.rsplit("_", 1)[1]
     code = re.sub(rf"^ENTRY\((?!{cluster},).*$", "", code, flags=re.MULTILINE)  # other cluster sizes
     code = f"""#include "{HERE / "emulator.hpp"}"
@@ -100,6 +105,7 @@ def emulated(patch: pytest.MonkeyPatch) -> Iterator[None]:
     caches = (
         *(launches.forward_launch, launches.backward_launch, launches.finish_launch),
         *(local_perception_kernels._convolution, local_perception_kernels._reduction),
+        *(ada_layer_norm_kernels._rows, ada_layer_norm_kernels._columns),
     )
     patch.setattr(cupy_backend, "starter", starter)
     patch.setattr(cupy_backend, "bind", lambda device: None)

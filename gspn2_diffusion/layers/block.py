@@ -8,11 +8,21 @@ import torch
 from torch import nn
 
 from gspn2_diffusion.layers.attention import AttentionMixer, make_cross_attention
-from gspn2_diffusion.layers.feed_forward import LocalPerceptionUnit, make_feed_forward
+from gspn2_diffusion.layers.feed_forward import LocalPerceptionUnit, is_plain, make_feed_forward
 from gspn2_diffusion.layers.mixer import GSPN2Mixer
+from gspn2_diffusion.ops.ada_layer_norm import ada_layer_norm
 from gspn2_diffusion.ops.line_scan import DIRECTIONS
 
 MIXERS = ("gspn2", "softmax", "linear", "none")
+
+
+def norm_and_modulate(
+    norm: nn.Module, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, backend: str
+) -> torch.Tensor:
+    """``modulate(norm(x), shift, scale)``, in one pass where the norm is nothing but torch's."""
+    if backend != "reference" and isinstance(norm, nn.LayerNorm) and is_plain(norm) and norm.weight is None:
+        return ada_layer_norm(x, shift, scale, norm.eps, backend=backend)
+    return modulate(norm(x), shift, scale)
 
 
 def modulate(normed: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -61,7 +71,13 @@ class GSPN2TransformerBlock(nn.Module):
         proxy_dim, num_weight_groups, chunk_size, scan_directions: see :class:`GSPN2Mixer`.
         local_perception: include the local perception unit.
         norm_eps: epsilon of the LayerNorms.
+
+    Attributes:
+        norm_backend: of the modulated norms, "auto", "cupy" or "reference". Plain torch until the kernel has
+            run on a GPU.
     """
+
+    norm_backend: str = "reference"
 
     def __init__(
         self,
@@ -117,7 +133,7 @@ class GSPN2TransformerBlock(nn.Module):
         parts = modulation.unsqueeze(2).unbind(1)  # each (B, 1, C)
         if self.mixer is not None:
             shift, scale, gate = parts[:3]
-            normed = modulate(self.norm1(hidden_states), shift, scale)
+            normed = norm_and_modulate(self.norm1, hidden_states, shift, scale, self.norm_backend)
             hidden_states = torch.addcmul(hidden_states, gate, self.mixer(normed, height, width))
         hidden_states = hidden_states + self.cross_attn(
             self.norm2(hidden_states),
@@ -127,4 +143,5 @@ class GSPN2TransformerBlock(nn.Module):
         if self.local_perception is not None:
             hidden_states = self.local_perception(hidden_states, height, width)
         shift, scale, gate = parts[-3:]
-        return torch.addcmul(hidden_states, gate, self.ff(modulate(self.norm3(hidden_states), shift, scale)))
+        normed = norm_and_modulate(self.norm3, hidden_states, shift, scale, self.norm_backend)
+        return torch.addcmul(hidden_states, gate, self.ff(normed))

@@ -43,7 +43,7 @@ class LocalPerceptionUnit(nn.Module):
 def is_plain(layer: nn.Module) -> bool:
     """Whether calling a layer of torch's own does no more than its weights say: no adapter, no hooks."""
     return (
-        type(layer) in (nn.Linear, nn.Conv2d)
+        type(layer) in (nn.Linear, nn.Conv2d, nn.LayerNorm)
         and "forward" not in layer.__dict__
         and not layer._forward_hooks
         and not layer._forward_pre_hooks

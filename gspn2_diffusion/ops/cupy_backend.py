@@ -27,6 +27,7 @@ TILED = ("line_scan_forward_tiled", "line_scan_backward_tiled")
 PLANE = ("line_scan_forward_plane", "line_scan_backward_plane")
 FINISH = "line_scan_finish"
 LOCAL = "local_perception"
+NORM = "ada_layer_norm"
 CLUSTERS = (1, 2, 3, 4, 5, 7, 8, 16)
 _NON_PORTABLE_CLUSTER = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
 _SCALAR = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -87,6 +88,7 @@ def variants() -> list[Variant]:
         found += [(name, dtype, PLANE_RUN, PLANE_RUN) for name in PLANE]
         found += [(FINISH, dtype, chunk, 1)]
         found += [(LOCAL, dtype, vec, 1) for vec in (1, 4)]
+        found += [(NORM, dtype, 4, 1)]
     return found
 
 

@@ -1,4 +1,4 @@
-"""A table of what ``local_perception.py`` measured."""
+"""A table of what ``block_kernels.py`` measured."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ def render(result: dict[str, Any]) -> str:
     lines = [
         f"{result['gpu']}, torch {result['torch']}, bfloat16, commit {result['commit'][:7]}; milliseconds.",
         "",
-        "| B, H, W, C | forward | copy | plain torch | | both passes | plain torch | |",
-        "|---|---|---|---|---|---|---|---|",
+        "| kernel | B, H, W, C | forward | copy | plain torch | | both passes | plain torch | |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
-        cells = [", ".join(map(str, row["shape"]))]
+        cells = [row["kernel"], ", ".join(map(str, row["shape"]))]
         for kind in ("forward", "both"):
             own, plain = row[f"cupy_{kind}_ms"], row[f"reference_{kind}_ms"]
             copy = [f"{row['copy_ms']:.3f}"] if kind == "forward" else []

@@ -1,0 +1,228 @@
+// Layer norm without parameters, then scale and shift of a whole picture (adaLN), and the gradients:
+//   y = (x - mean) * rstd * (1 + scale) + shift
+// A row of channels stays in the registers of its warps, so x is read once and y written once.
+// Preamble: SCALAR, VEC.
+#include "common.cuh"
+
+#define WARPS 8   // of a block at most; each row has `warps` of them
+#define HELD 4    // vectors of a row that a thread has at most
+
+struct Sizes {
+  int64 rows, tokens, channels;  // rows: of all pictures
+  int64 warps;                   // of a row
+  int64 wide;                    // shift and scale are float, not scalar_t
+  int64 narrow;                  // y is bfloat16 where x is float
+  int64 x_b, x_n, m_b;           // strides of x, and of shift and scale from picture to picture
+};
+
+// ---- elements of other types than scalar_t ------------------------------------------------------
+
+__device__ __forceinline__ void load_modulation(float (&out)[VEC], const void* p, int64 index, bool wide) {
+  if (wide) {
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) out[j] = static_cast<const float*>(p)[index + j];
+  } else {
+    load(out, static_cast<const scalar_t*>(p) + index);
+  }
+}
+
+__device__ __forceinline__ void load_result(float (&out)[VEC], const void* p, int64 index, bool narrow) {
+#if SCALAR == 0
+  if (narrow) {
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) out[j] = __uint_as_float((unsigned)static_cast<const unsigned short*>(p)[index + j] << 16);
+    return;
+  }
+#endif
+  load(out, static_cast<const scalar_t*>(p) + index);
+}
+
+__device__ __forceinline__ void store_result(void* p, int64 index, const float (&in)[VEC], bool narrow) {
+#if SCALAR == 0
+  if (narrow) {
+    unsigned short* const to = static_cast<unsigned short*>(p) + index;
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) {
+      const unsigned bits = __float_as_uint(in[j]);
+      const bool number = (bits & 0x7fffffffu) <= 0x7f800000u;
+      to[j] = (unsigned short)(number ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : 0x7fffu);
+    }
+    return;
+  }
+#endif
+  store(static_cast<scalar_t*>(p) + index, in);
+}
+
+// ---- rows ---------------------------------------------------------------------------------------
+
+// A thread's part of a row: vectors `first`, `first + step`, ... of its channels.
+struct Row {
+  int64 index, batch, token;
+  int first, step, slot, warp, warps;  // slot: of the row in the block
+  bool used;
+  __device__ __forceinline__ Row(const Sizes& s) : warps((int)s.warps) {
+    const int lane = threadIdx.x % 32, all = threadIdx.x / 32;
+    slot = all / warps, warp = all % warps, step = 32 * warps, first = warp * 32 + lane;
+    index = (int64)blockIdx.x * (blockDim.x / 32 / warps) + slot;
+    used = index < s.rows;
+    batch = used ? index / s.tokens : 0, token = used ? index % s.tokens : 0;
+  }
+  __device__ __forceinline__ int channel(int n) const { return (first + n * step) * VEC; }
+
+  // The sum over a row, known to all of its threads; every thread of the block takes part.
+  __device__ __forceinline__ float sum(float value, float* shared) const {
+#pragma unroll
+    for (int mask = 16; mask > 0; mask >>= 1) value += shuffle_xor(value, mask);
+    if (warps == 1) return value;
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) shared[slot * warps + warp] = value;
+    __syncthreads();
+    value = 0.0f;
+    for (int n = 0; n < warps; ++n) value += shared[slot * warps + n];
+    return value;
+  }
+};
+
+struct Parameters {
+  const scalar_t* x;
+  const void *shift, *scale;
+  void* y;                     // contiguous
+  float* stats;                // (rows, 2): mean and rstd, or nullptr
+  Sizes sizes;
+  int64 epsilon;               // the bits of a float
+};
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS) ada_layer_norm(const __grid_constant__ Parameters a) {
+  SHARED_MEMORY(shared);
+  float* const sums = reinterpret_cast<float*>(shared);
+  const Sizes& s = a.sizes;
+  const Row row(s);
+  float x[HELD][VEC];
+  float total = 0.0f;
+#pragma unroll
+  for (int n = 0; n < HELD; ++n) {
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) x[n][j] = 0.0f;
+    if (row.used && row.channel(n) < s.channels) load(x[n], a.x + row.batch * s.x_b + row.token * s.x_n + row.channel(n));
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) total += x[n][j];
+  }
+  const float mean = row.sum(total, sums) / (float)s.channels;
+  total = 0.0f;
+#pragma unroll
+  for (int n = 0; n < HELD; ++n)
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) {
+      x[n][j] -= mean;
+      if (row.channel(n) < s.channels) total = fmaf(x[n][j], x[n][j], total);
+    }
+  const float variance = row.sum(total, sums) / (float)s.channels;
+  const float rstd = 1.0f / sqrtf(variance + __uint_as_float((unsigned)a.epsilon));
+  if (!row.used) return;
+  if (a.stats && row.first == 0) a.stats[row.index * 2] = mean, a.stats[row.index * 2 + 1] = rstd;
+#pragma unroll
+  for (int n = 0; n < HELD; ++n) {
+    if (row.channel(n) >= s.channels) continue;
+    float shift[VEC], scale[VEC];
+    load_modulation(shift, a.shift, row.batch * s.m_b + row.channel(n), s.wide);
+    load_modulation(scale, a.scale, row.batch * s.m_b + row.channel(n), s.wide);
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) x[n][j] = fmaf(x[n][j] * rstd, 1.0f + scale[j], shift[j]);
+    store_result(a.y, row.index * s.channels + row.channel(n), x[n], s.narrow);
+  }
+}
+
+struct BackwardParameters {
+  const void* dy;              // contiguous, like y
+  const scalar_t* x;
+  const void* scale;
+  const float* stats;
+  scalar_t* dx;                // contiguous
+  Sizes sizes;
+};
+
+// With g = dy (1 + scale) and n = (x - mean) rstd:  dx = rstd (g - mean of g - n * mean of g n).
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+    ada_layer_norm_backward(const __grid_constant__ BackwardParameters a) {
+  SHARED_MEMORY(shared);
+  float* const sums = reinterpret_cast<float*>(shared);
+  const Sizes& s = a.sizes;
+  const Row row(s);
+  const float mean = row.used ? a.stats[row.index * 2] : 0.0f, rstd = row.used ? a.stats[row.index * 2 + 1] : 0.0f;
+  float g[HELD][VEC], normed[HELD][VEC];
+  float total = 0.0f, product = 0.0f;
+#pragma unroll
+  for (int n = 0; n < HELD; ++n) {
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) g[n][j] = 0.0f, normed[n][j] = 0.0f;
+    if (row.used && row.channel(n) < s.channels) {
+      float scale[VEC];
+      load(normed[n], a.x + row.batch * s.x_b + row.token * s.x_n + row.channel(n));
+      load_result(g[n], a.dy, row.index * s.channels + row.channel(n), s.narrow);
+      load_modulation(scale, a.scale, row.batch * s.m_b + row.channel(n), s.wide);
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) normed[n][j] = (normed[n][j] - mean) * rstd, g[n][j] *= 1.0f + scale[j];
+    }
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) total += g[n][j], product = fmaf(g[n][j], normed[n][j], product);
+  }
+  total = row.sum(total, sums) / (float)s.channels;
+  product = row.sum(product, sums) / (float)s.channels;
+  if (!row.used) return;
+#pragma unroll
+  for (int n = 0; n < HELD; ++n) {
+    if (row.channel(n) >= s.channels) continue;
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) g[n][j] = rstd * (g[n][j] - total - normed[n][j] * product);
+    store(a.dx + row.index * s.channels + row.channel(n), g[n]);
+  }
+}
+
+// ---- columns ------------------------------------------------------------------------------------
+
+struct ColumnParameters {
+  const void* dy;
+  const scalar_t* x;
+  const float* stats;
+  float* partial;              // (groups, batch, 2, C): gradients of shift and of scale
+  Sizes sizes;
+  int64 batch, groups;         // groups of blocks that share a picture's tokens
+};
+
+// A block has 32 vectors of channels of one picture, its warps take turns with the tokens.
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+    ada_layer_norm_modulation(const __grid_constant__ ColumnParameters a) {
+  SHARED_MEMORY(shared);
+  float* const sums = reinterpret_cast<float*>(shared);  // [WARPS][2 * VEC][32]
+  const Sizes& s = a.sizes;
+  const int slices = (int)((s.channels / VEC + 31) / 32), lane = threadIdx.x % 32, worker = threadIdx.x / 32;
+  const int slice = (int)(blockIdx.x % slices), channel = (slice * 32 + lane) * VEC;
+  const int64 batch = blockIdx.x / slices % a.batch, group = blockIdx.x / slices / a.batch;
+  float shift[VEC], scale[VEC];
+#pragma unroll
+  for (int j = 0; j < VEC; ++j) shift[j] = 0.0f, scale[j] = 0.0f;
+  if (channel < s.channels) {
+#pragma unroll 4
+    for (int64 token = group * WARPS + worker; token < s.tokens; token += a.groups * WARPS) {
+      const int64 row = batch * s.tokens + token;
+      float x[VEC], dy[VEC];
+      load(x, a.x + batch * s.x_b + token * s.x_n + channel);
+      load_result(dy, a.dy, row * s.channels + channel, s.narrow);
+      const float mean = a.stats[row * 2], rstd = a.stats[row * 2 + 1];
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) shift[j] += dy[j], scale[j] = fmaf(dy[j], (x[j] - mean) * rstd, scale[j]);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < VEC; ++j) {
+    sums[(worker * 2 * VEC + j) * 32 + lane] = shift[j];
+    sums[(worker * 2 * VEC + VEC + j) * 32 + lane] = scale[j];
+  }
+  __syncthreads();
+  for (int n = threadIdx.x; n < 2 * VEC * 32; n += 32 * WARPS) {
+    const int at = (slice * 32 + n % 32) * VEC + n / 32 % VEC, which = n / 32 / VEC;
+    float total = 0.0f;
+    for (int w = 0; w < WARPS; ++w) total += sums[w * 2 * VEC * 32 + n];
+    if (at < s.channels) a.partial[((group * a.batch + batch) * 2 + which) * s.channels + at] = total;
+  }
+}
