@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 from ada_layer_norm_cases import NAMES, ground_truth, make_inputs
-from emulate import emulated
+from emulate import emulated, needs_compiler
 from scan_cases import BACKWARD_TOLERANCE, FORWARD_TOLERANCE, relative_error
 
 from gspn2_diffusion.ops import ada_layer_norm_kernels as kernels
@@ -57,7 +55,7 @@ def test_what_the_kernels_take(x, modulation, out, fitting):
     assert not kernels.fits(tokens[:, :0], table, table, out)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@needs_compiler
 @pytest.mark.parametrize(
     ("shape", "dtype", "modulation", "out", "shared"),
     [

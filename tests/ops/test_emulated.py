@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from emulate import SHARED_LIMIT, emulated
+from emulate import SHARED_LIMIT, emulated, needs_compiler
 from scan_cases import BACKWARD_TOLERANCE, FORWARD_TOLERANCE, ground_truth, make_inputs, relative_error
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from gspn2_diffusion.ops.plane_plans import PlaneTile, fits_planes, plane_plan
 from gspn2_diffusion.ops.plans import Problem, generic_plan
 from gspn2_diffusion.ops.torch_library import LineScan
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+pytestmark = needs_compiler
 
 CASES = [  # (H, W), C, G, channels of a vector, chunk, dtype, options of the inputs
     ((5, 9), 24, 2, 4, 0, torch.bfloat16, {}),

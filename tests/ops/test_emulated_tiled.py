@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
-from emulate import SHARED_LIMIT, emulated
+from emulate import SHARED_LIMIT, emulated, needs_compiler
 from scan_cases import BACKWARD_TOLERANCE, FORWARD_TOLERANCE, ground_truth, make_inputs, relative_error
 
 from gspn2_diffusion.ops import scan_kernels
 from gspn2_diffusion.ops.line_scan import DIRECTIONS
 from gspn2_diffusion.ops.plans import Problem, Tile, tiled_plan
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+pytestmark = needs_compiler
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CASES = [  # (H, W), C, G, tile, chunk, dtype, options of the inputs (and "scans": which directions)

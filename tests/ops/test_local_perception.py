@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 import torch.nn.functional as F
-from emulate import emulated
+from emulate import emulated, needs_compiler
 from local_perception_cases import NAMES, ground_truth, make_inputs, spread
 from scan_cases import BACKWARD_TOLERANCE, FORWARD_TOLERANCE, relative_error
 
@@ -51,7 +49,7 @@ def test_bad_input(change, error, message):
         local_perception(arguments.pop("x"), arguments.pop("weight"), arguments.pop("bias"), **arguments)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@needs_compiler
 @pytest.mark.parametrize(
     ("shape", "dtype", "weight_dtype", "views"),
     [
