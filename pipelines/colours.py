@@ -63,6 +63,6 @@ def colour_map(now: torch.Tensor, wanted: torch.Tensor) -> ColourMap | None:
     if not bool(torch.isfinite(drift).all()):
         return None  # the picture itself will be found wrong
     if torch.linalg.matrix_norm(drift - torch.eye(3, dtype=a.dtype), ord=2) > _MOST:
-        logger.warning("colours are left as they are: the refined picture is too far from the drawn one")
+        logger.info("colours are left as they are: the refined picture is too far from the drawn one")
         return None
     return ColourMap(torch.linalg.inv(drift), before, after)

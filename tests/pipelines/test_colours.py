@@ -47,7 +47,7 @@ def test_one_colour_is_only_shifted():
 
 
 def test_another_picture_is_left_alone(caplog):
-    with caplog.at_level(logging.WARNING, logger="gspn2_diffusion"):
+    with caplog.at_level(logging.INFO, logger="gspn2_diffusion"):
         assert colour_map(-scene(), scene()) is None
     assert "colours are left as they are" in caplog.text
     assert colour_map(scene() * float("nan"), scene()) is None
