@@ -91,7 +91,7 @@ def train(given: argparse.Namespace, passed: Sequence[str]) -> Path:
     from gspn2_diffusion.evaluation.report import write_json
 
     base = {k: v for k, v in json.loads(given.base.read_text()).items() if not k.startswith("_")}
-    configs = variants(given.study, base)
+    configs = variants(given.study, base, more=bool(given.variants))
     if given.variants:
         unknown = set(given.variants.split(",")) - configs.keys()
         if unknown:

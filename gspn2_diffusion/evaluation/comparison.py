@@ -27,6 +27,19 @@ def mixer_variants(base: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
+def more_mixers(base: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Forms of GSPN-2 that the comparison takes in when they are asked for by name."""
+    dim = int(base["num_attention_heads"]) * int(base["attention_head_dim"])
+    return {
+        "gspn2-proxy-C/2": {"mixer": "gspn2", "proxy_dim": dim // 2},
+        "gspn2-weight-groups-4": {"mixer": "gspn2", "num_weight_groups": 4},
+        "gspn2-weights-per-channel": {
+            "mixer": "gspn2",
+            "num_weight_groups": int(base["proxy_dim"] or dim // 8),
+        },
+    }
+
+
 def ablation_variants(base: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What users can choose: proxy width, weight groups, directions, chunks, the local perception unit."""
     dim = int(base["num_attention_heads"]) * int(base["attention_head_dim"])
@@ -79,15 +92,23 @@ def with_parameters(config: Mapping[str, Any], wanted: int) -> dict[str, Any]:
     return sized(max(1, round(1 + (wanted - first) / (second - first))))
 
 
-def variants(study: str, base: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def variants(study: str, base: Mapping[str, Any], more: bool = False) -> dict[str, dict[str, Any]]:
     """Whole configurations of a study; those of "mixers" have equal parameters.
+
+    Args:
+        study: "mixers" or "ablations".
+        base: the configuration that they are changes of.
+        more: with those of :func:`more_mixers`.
 
     Raises:
         ValueError: an unknown study.
     """
     if study not in STUDIES:
         raise ValueError(f"`study` is {study!r}; allowed: {', '.join(STUDIES)}")
-    made = {name: {**base, **changes} for name, changes in STUDIES[study](base).items()}
+    changed = STUDIES[study](base)
+    if study == "mixers" and more:
+        changed |= more_mixers(base)
+    made = {name: {**base, **changes} for name, changes in changed.items()}
     if study == "mixers":
         wanted = count_parameters(base)
         made = {

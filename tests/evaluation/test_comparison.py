@@ -29,6 +29,11 @@ def test_the_compared_mixers_have_equal_parameters(mixers):
     counts = {name: count_parameters(config) for name, config in mixers.items()}
     assert max(counts.values()) < 1.01 * min(counts.values()), counts
     assert mixers["gspn2"] == {**BASE, "mixer": "gspn2"}
+    more = variants("mixers", BASE, more=True)
+    assert {name: more[name] for name in mixers} == mixers
+    assert len(more) == 7
+    assert all(count_parameters(config) < 1.01 * min(counts.values()) for config in more.values())
+    assert more["gspn2-proxy-C/2"]["proxy_dim"] == 192
     for config in mixers.values():
         kept = {key: value for key, value in config.items() if key not in ("mixer", "mlp_ratio")}
         assert kept == {key: value for key, value in BASE.items() if key not in ("mixer", "mlp_ratio")}
