@@ -17,6 +17,8 @@ from gspn2_diffusion.evaluation.prompts import GROUPS, AskedPrompt, fingerprint
 from gspn2_diffusion.evaluation.scoring import Findings
 from gspn2_diffusion.training.sheets import contact_sheet, save_picture
 
+SHEET_COLUMNS, SHEET_TILE = 16, 128
+
 
 def results(
     prompts: Sequence[AskedPrompt],
@@ -93,4 +95,4 @@ def sheet(
         for number in [i for i, asked in enumerate(prompts) if asked.group == group][:each]
     ]
     words = [f"{'' if passed[i] else '[x] '}{prompts[i].prompt}" for i in chosen]
-    save_picture(contact_sheet([pictures[i] for i in chosen], words, columns=16, tile=128), path)
+    save_picture(contact_sheet([pictures[i] for i in chosen], words, columns=SHEET_COLUMNS, tile=SHEET_TILE), path)

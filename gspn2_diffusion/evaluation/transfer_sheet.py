@@ -9,9 +9,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from gspn2_diffusion.evaluation.report import SHEET_COLUMNS as COLUMNS
+from gspn2_diffusion.evaluation.report import SHEET_TILE as TILE
 from gspn2_diffusion.training.sheets import tile_box
 
-COLUMNS, TILE = 16, 128  # of the sheets of report.sheet
 _LABEL = 120
 
 
