@@ -95,4 +95,5 @@ def sheet(
         for number in [i for i, asked in enumerate(prompts) if asked.group == group][:each]
     ]
     words = [f"{'' if passed[i] else '[x] '}{prompts[i].prompt}" for i in chosen]
-    save_picture(contact_sheet([pictures[i] for i in chosen], words, columns=SHEET_COLUMNS, tile=SHEET_TILE), path)
+    shown = [pictures[i] for i in chosen]
+    save_picture(contact_sheet(shown, words, columns=SHEET_COLUMNS, tile=SHEET_TILE), path)
