@@ -137,7 +137,30 @@ def _study(facts: Mapping[str, Any], name: str, folder: Path) -> str:
     _write(folder / f"results-{name}.svg", plot(curves, "val_unseen_pair"))
     failed = f"\n\nFailed runs: {', '.join(facts['failed'])}." if facts["failed"] else ""
     picture = f"![Validation loss on unseen pairs](results-{name}.svg)"
-    return f"{start}{failed}\n\n{_table(_rows(variants))}\n\n{picture}"
+    return f"{start}{failed}\n\n{_table(_rows(variants))}\n\n{picture}{_all_scores(variants)}"
+
+
+def _all_scores(variants: Mapping[str, Any]) -> str:
+    """Every measure of every variant that was judged, without intervals."""
+    judged = {
+        name: facts["evaluation"]["results"]
+        for name, facts in variants.items()
+        if (facts.get("evaluation") or {}).get("results")
+    }
+    if not judged:
+        return ""
+    rows = [["measure", *judged, "real"]]
+    for key, words in _MEASURES:
+        scores = [facts["scores"].get(key) for facts in judged.values()]
+        if all(scores):
+            values = [f"{score['value']:.1%}" for score in scores]
+            rows.append([words, *values, f"{scores[0]['ceiling']:.1%}"])
+    distances = [facts.get("judge_frechet_distance") for facts in judged.values()]
+    if all(distances):
+        values = [f"{distance['value']:.1f}" for distance in distances]
+        real = f"{distances[0]['real']:.1f}"
+        rows.append(["Frechet distance in the judge's feature space", *values, real])
+    return f"\n\nAll scores:\n\n{_table(rows)}"
 
 
 def _rows(variants: Mapping[str, Any]) -> list[list[str]]:

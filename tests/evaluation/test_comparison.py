@@ -124,6 +124,7 @@ def test_the_document_says_what_the_files_say(tmp_path):
     assert "| gspn2 | 18.00M | 0.1000 | 0.2040 | +2.0% |" in text
     assert "| softmax | 18.00M | 0.1000 | 0.2000 | +0.0% |" in text
     assert "Failed runs: linear." in text
+    assert "| measure | gspn2 | softmax | real |" in text
     assert "| two things, both recognised and in place | 80.0% (70%-90%) | 95.0% | 50 |" in text
     assert "unseen pairs top1 75.0%" in text
     assert text.index("| gspn2 | 256x256 |") < text.index("| gspn2 | 384x384 |")
