@@ -120,7 +120,8 @@ class GSPN2SuperResPipeline(ImageConditionedPipeline):
                 :func:`~gspn2_diffusion.pipelines.low_memory.balanced_scans`); off for a model trained at
                 many sizes.
             keep_colours: give every stage, and the decoded picture, the colours of the first stage, which
-                drift otherwise (see :mod:`~gspn2_diffusion.pipelines.colours`).
+                drift otherwise (see :mod:`~gspn2_diffusion.pipelines.colours`). Latents that are asked for
+                as the output are not changed at the end.
             generator: draws the noise of all stages in turn.
             output_type: "pil", "np", "pt" or "latent", see :class:`GSPN2PipelineOutput`.
             output_path: a file ending in .png, .tif or .tiff. The picture is written in strips and never in
@@ -163,7 +164,7 @@ class GSPN2SuperResPipeline(ImageConditionedPipeline):
         try:
             with chunked_feed_forward(self.transformer, plan.feed_forward_tokens):
                 latents = self._start(call, stages[0], image)
-                self._drawn = self._in_small(latents) if keep_colours else None
+                self._drawn = self._in_small(latents) if keep_colours and refined else None
                 for size, share in zip(refined, strengths, strict=True):
                     if not self.interrupt:
                         latents = self._refine(call, self._enlarge(latents, size), size, share)

@@ -78,7 +78,8 @@ def _aligned(tensor: Tensor) -> Tensor:
         and tensor.data_ptr() % width == 0
         and all(s % VEC == 0 for s, n in zip(tensor.stride()[:-1], tensor.shape, strict=False) if n > 1)
     )
-    return tensor if right else tensor.contiguous()
+    # Not `contiguous`, which returns a tensor that begins between two vectors as it is.
+    return tensor if right else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _described(x: Tensor, scale: Tensor, narrow: bool) -> tuple[tuple[int, ...], tuple[int, ...], Setting]:
@@ -132,7 +133,7 @@ def gradients(
     if torch.cuda.current_device() != index:
         with torch.cuda.device(index):
             return gradients(dy, x, shift, scale, stats, wanted)
-    dy, x, factor = dy.contiguous(), _aligned(x), _aligned(scale)
+    dy, x, factor = _aligned(dy.contiguous()), _aligned(x), _aligned(scale)
     cupy_backend.bind(index)
     described = _described(x, factor, dy.dtype != x.dtype)
     dx = None

@@ -158,7 +158,7 @@ def _run(launch: Launch, x: Tensor, weight: Tensor, lam: Tensor, u: Tensor | Non
 
 
 def choose_backend(backend: str, x: Tensor) -> str:
-    """ "cupy" or "reference" for an operator's first tensor; raises where "cupy" cannot be honoured."""
+    """Which backend serves an operator on ``x``; raises where "cupy" cannot be honoured."""
     if backend == "reference":
         return "reference"
     if backend == "cupy":

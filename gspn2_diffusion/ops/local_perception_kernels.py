@@ -116,15 +116,15 @@ def weight_gradients(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.cuda.device(index):
             return weight_gradients(dy, x)
     if x.numel() == 0:
-        zeros = x.new_zeros(channels, 10, dtype=torch.float32)
+        sums = x.new_zeros(channels, 10, dtype=torch.float32)
     else:
         (dy, x), vec = _prepared(dy, x)
         cupy_backend.bind(index)
         launch, groups = _reduction(tuple(x.shape), dy.stride()[:3], x.stride()[:3], _setting(x), vec)
         partial = torch.empty(groups, 10, channels, dtype=torch.float32, device=x.device)
         launch(dy.data_ptr(), x.data_ptr(), partial.data_ptr())
-        zeros = partial.sum(0).t()
-    return zeros[:, :9].reshape(channels, 1, 3, 3), zeros[:, 9]
+        sums = partial.sum(0).t()
+    return sums[:, :9].reshape(channels, 1, 3, 3), sums[:, 9]
 
 
 def gradients(

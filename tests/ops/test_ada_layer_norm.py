@@ -55,6 +55,14 @@ def test_what_the_kernels_take(x, modulation, out, fitting):
     assert not kernels.fits(tokens[:, :0], table, table, out)
 
 
+def test_what_begins_between_two_vectors_is_copied():
+    whole = torch.zeros(2 * 3 * 8 + 1)
+    for view, copied in ((whole[:-1].view(2, 3, 8), False), (whole[1:].view(2, 3, 8), True)):
+        ready = kernels._aligned(view)
+        assert ready.data_ptr() % 16 == 0
+        assert (ready.data_ptr() != view.data_ptr()) == copied
+
+
 @needs_compiler
 @pytest.mark.parametrize(
     ("shape", "dtype", "modulation", "out", "shared"),
