@@ -73,11 +73,10 @@ class GSPN2TransformerBlock(nn.Module):
         norm_eps: epsilon of the LayerNorms.
 
     Attributes:
-        norm_backend: of the modulated norms, "auto", "cupy" or "reference". Plain torch until the kernel has
-            run on a GPU.
+        norm_backend: of the modulated norms, "auto", "cupy" or "reference".
     """
 
-    norm_backend: str = "reference"
+    norm_backend: str = "auto"
 
     def __init__(
         self,

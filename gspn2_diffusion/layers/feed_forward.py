@@ -21,10 +21,9 @@ class LocalPerceptionUnit(nn.Module):
     Args:
         dim: channels of the tokens.
         backend: "auto", "cupy" or "reference", see :func:`~gspn2_diffusion.line_scan`. May be set later.
-            Plain torch until the kernel has run on a GPU.
     """
 
-    def __init__(self, dim: int, backend: str = "reference") -> None:
+    def __init__(self, dim: int, backend: str = "auto") -> None:
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
         self.backend = check_scan_backend(backend)

@@ -18,6 +18,7 @@ from torch import nn
 
 from gspn2_diffusion.layers.block import GSPN2TransformerBlock, modulate
 from gspn2_diffusion.layers.embeddings import TimestepTextEmbedding
+from gspn2_diffusion.layers.feed_forward import LocalPerceptionUnit
 from gspn2_diffusion.layers.mixer import GSPN2Mixer, check_scan_backend
 from gspn2_diffusion.models import caching
 from gspn2_diffusion.models.caption_refiner import CaptionLayer
@@ -220,15 +221,17 @@ class GSPN2Transformer2DModel(  # type: ignore[misc]
         return tokens
 
     def set_scan_backend(self, backend: str) -> None:
-        """Choose the backend of every scan: "auto", "cupy" or "reference".
+        """Choose the backend of every scan, local perception unit and norm: "auto", "cupy" or "reference".
 
         Raises:
             ValueError: an unknown backend.
         """
         check_scan_backend(backend)
         for module in self.modules():
-            if isinstance(module, GSPN2Mixer):
+            if isinstance(module, (GSPN2Mixer, LocalPerceptionUnit)):
                 module.backend = backend
+            elif isinstance(module, GSPN2TransformerBlock):
+                module.norm_backend = backend
 
     def enable_cache(self, config: Any) -> None:
         """As diffusers' ``CacheMixin.enable_cache``, on the mixers too; never without effect.
