@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--limit", type=int, default=None, help="at most so many prompts of each group")
     add("--sample_steps", type=int, default=20)
     add("--sizes", default=None, help="also judged at these sizes, see evaluate.py")
+    add("--commit", default=None, help="commit to record where there is no git history")
     add("--judge_options", default="", help="options of evaluate.py for the judge, in one text")
     return parser
 
@@ -109,7 +110,7 @@ def train(given: argparse.Namespace, passed: Sequence[str]) -> Path:
     facts: dict[str, Any] = {
         "study": given.study,
         "settings": settings,
-        "environment": describe_environment(),
+        "environment": describe_environment() | ({"commit": given.commit} if given.commit else {}),
         "variants": earlier_variants(target, settings)
         | {
             name: {

@@ -122,26 +122,27 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="leave out the two tall shapes")
     parser.add_argument("--tall", action="store_true", help="only the two tall shapes")
     parser.add_argument("--tiles", action="store_true", help="only the tiles that are asked for by name")
+    parser.add_argument("--blocks", action="store_true", help="only local perception and modulated norm")
     parser.add_argument("--channels", type=int, nargs="+", help="only shapes with so many channels")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this needs a CUDA GPU")
-    shapes = (
-        [] if options.tiles else SHAPES[:-2] if options.small else SHAPES[-2:] if options.tall else SHAPES
-    )
+    shapes = SHAPES[:-2] if options.small else SHAPES[-2:] if options.tall else SHAPES
+    scan_shapes = [] if options.tiles or options.blocks else shapes
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     channels = [each for each in CHANNELS if not options.channels or each[0] in options.channels]
-    cases = list(itertools.product(shapes, channels, CHUNKS, dtypes))
+    cases = list(itertools.product(scan_shapes, channels, CHUNKS, dtypes))
     for index, (size, (count, groups), chunk_size, dtype) in enumerate(cases):
         run_case(size, count, groups, chunk_size, dtype, with_u=index % 2 == 0)
         if index % 10 == 9:
             torch.cuda.synchronize()
             print(f"{index + 1} of {len(cases)} cases", flush=True)
-    if not options.tall:
-        for size, count, dtype in itertools.product(SHAPES, (3, 40, 132), dtypes):
+    if not options.tiles:
+        for size, count, dtype in itertools.product(shapes, (3, 40, 132), dtypes):
             run_local_perception(size, count, dtype)
-        for size, count, dtype in itertools.product(SHAPES, (20, 1156), dtypes):
+        for size, count, dtype in itertools.product(shapes, (20, 1156), dtypes):
             run_norm(size, count, dtype)
+    if not options.tall and not options.blocks:
         clusters = cupy_backend.clusters(torch.cuda.current_device())
         for size, count, tile in TILES:
             if tile.cluster in clusters:

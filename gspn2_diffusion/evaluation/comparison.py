@@ -45,6 +45,7 @@ def ablation_variants(base: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     dim = int(base["num_attention_heads"]) * int(base["attention_head_dim"])
     return {
         "base": {},
+        "proxy-C/2": {"proxy_dim": dim // 2},
         "proxy-C/8": {"proxy_dim": dim // 8},
         "proxy-C/16": {"proxy_dim": dim // 16},
         "weight-groups-4": {"num_weight_groups": 4},
