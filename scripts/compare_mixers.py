@@ -8,7 +8,9 @@
 pictures, and writes benchmarks/results/<study>.json. Variants that the file holds already stay in it, if they
 were trained with the same settings, so a study may be made in several calls. "report" makes docs/results.md
 from the files in benchmarks/results; "sheet" makes docs/results-transfer.webp from the sheets that judging at
-several --sizes left in --work. Options after "--" go to scripts/train_text_to_image.py unchanged.
+several --sizes left in --work. With --at_once variants share a GPU, since setting up a short run takes longer
+than training it; steps are then timed at the end, with the GPU to themselves. Options after "--" go to
+scripts/train_text_to_image.py unchanged.
 """
 
 from __future__ import annotations
@@ -80,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--limit", type=int, default=None, help="at most so many prompts of each group")
     add("--sample_steps", type=int, default=20)
     add("--sizes", default=None, help="also judged at these sizes, see evaluate.py")
+    add("--at_once", type=int, default=1, help="variants that are trained together on each GPU")
     add("--commit", default=None, help="commit to record where there is no git history")
     add("--judge_options", default="", help="options of evaluate.py for the judge, in one text")
     return parser
@@ -102,9 +105,10 @@ def train(given: argparse.Namespace, passed: Sequence[str]) -> Path:
     print("\n".join(f"{name}: {count:,} parameters" for name, count in parameters.items()), flush=True)
     work = given.work / given.study
     commands = {name: _training(given, work / name, config, passed) for name, config in configs.items()}
-    status = run_all(commands, work)
+    status = run_all(commands, work, at_once=given.at_once)
     finished = [name for name in configs if status[name] == 0]
     scores = judge_all(given, work, finished) if given.evaluate and finished else {}
+    alone = time_alone({name: configs[name] for name in finished}) if given.at_once > 1 else {}
     settings = {"steps": given.steps, "batch": given.batch, "seed": given.seed, "other": list(passed)}
     target = given.results / f"{given.study}.json"
     facts: dict[str, Any] = {
@@ -117,6 +121,7 @@ def train(given: argparse.Namespace, passed: Sequence[str]) -> Path:
                 "config": configs[name],
                 "parameters": parameters[name],
                 **read_run(work / name),
+                **alone.get(name, {}),
                 "evaluation": scores.get(name),
             }
             for name in finished
@@ -170,8 +175,21 @@ def _training(
     return [sys.executable, str(ROOT / "scripts" / "train_text_to_image.py"), *options, *passed]
 
 
-def run_all(commands: dict[str, list[str]], work: Path, needed: Path | None = None) -> dict[str, int]:
-    """Run commands, one per GPU at a time (one after the other without GPUs); exit status by name.
+def time_alone(configs: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """Step times of models that were trained beside others, by name; without a GPU there are none."""
+    import torch
+
+    from gspn2_diffusion.evaluation.step_time import BATCH, time_steps
+
+    measured = time_steps(configs) if torch.cuda.is_available() else {}
+    shared = {"step_milliseconds": None, "pictures_per_second": None, "step_pictures_alone": BATCH}
+    return {name: {**shared, "step_milliseconds_alone": measured.get(name)} for name in configs}
+
+
+def run_all(
+    commands: dict[str, list[str]], work: Path, needed: Path | None = None, at_once: int = 1
+) -> dict[str, int]:
+    """Run commands, `at_once` per GPU (one after the other without GPUs); exit status by name.
 
     Args:
         needed: a file that the first command makes; the others start once it is there, or that one has ended.
@@ -179,7 +197,7 @@ def run_all(commands: dict[str, list[str]], work: Path, needed: Path | None = No
     import torch
 
     free: Queue[int | None] = Queue()
-    for device in range(torch.cuda.device_count()) or [None]:  # type: ignore[union-attr]
+    for device in (list(range(torch.cuda.device_count())) or [None]) * at_once:  # type: ignore[list-item]
         free.put(device)
     first, first_ended = next(iter(commands)), threading.Event()
 
@@ -242,7 +260,7 @@ def judge_all(given: argparse.Namespace, work: Path, names: Sequence[str]) -> di
     for name in names:
         balance_scans(work / name / "pipeline")
     # The first one trains the judge, where there is none.
-    run_all({name: command(name) for name in names}, work, needed=judge / "judge.json")
+    run_all({name: command(name) for name in names}, work, judge / "judge.json", given.at_once)
     found = {}
     for name in names:
         files = sorted((work / name / "evaluation").glob("results*.json"))

@@ -133,6 +133,11 @@ def _study(facts: Mapping[str, Any], name: str, folder: Path) -> str:
         f"({first['pictures']:,}) from seed {settings['seed']}, in the same order, on one "
         f"{environment['gpu']} ({environment['date'][:10]}, torch {environment['torch']})."
     )
+    if first.get("step_milliseconds_alone"):
+        start += (
+            f" Steps ({first['step_pictures_alone']} pictures, forward and backward, not compiled) were "
+            "timed afterwards, with the GPU to themselves."
+        )
     curves = {key: value["validation"] for key, value in variants.items()}
     _write(folder / f"results-{name}.svg", plot(curves, "val_unseen_pair"))
     failed = f"\n\nFailed runs: {', '.join(facts['failed'])}." if facts["failed"] else ""
@@ -181,7 +186,7 @@ def _rows(variants: Mapping[str, Any]) -> list[list[str]]:
                 _number(last.get("val_train"), 4),
                 _number(unseen, 4),
                 apart,
-                _number(facts.get("step_milliseconds"), 1),
+                _number(facts.get("step_milliseconds_alone") or facts.get("step_milliseconds"), 1),
                 _number(facts.get("memory_gib"), 1),
                 *(_percent(scores.get(key)) for key in _SHORT),
             ]

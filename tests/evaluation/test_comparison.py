@@ -12,6 +12,7 @@ from PIL import Image
 
 from gspn2_diffusion.evaluation.comparison import count_parameters, hybrid_layers, read_run, variants
 from gspn2_diffusion.evaluation.document import TRANSFER_SHEET, plot, write_document
+from gspn2_diffusion.evaluation.step_time import time_steps
 from gspn2_diffusion.models.transformer_gspn2 import GSPN2Transformer2DModel
 from gspn2_diffusion.training.sheets import contact_sheet, save_picture
 
@@ -129,6 +130,22 @@ def test_the_document_says_what_the_files_say(tmp_path):
     assert "unseen pairs top1 75.0%" in text
     assert text.index("| gspn2 | 256x256 |") < text.index("| gspn2 | 384x384 |")
     assert "polyline" in (tmp_path / "docs" / "results-mixers.svg").read_text()
+
+
+def test_steps_that_were_timed_alone_are_said_to_be(tmp_path):
+    facts = study(tmp_path)
+    for name, milliseconds in (("gspn2", 11.25), ("softmax", 17.5)):
+        facts["variants"][name] |= {"step_milliseconds_alone": milliseconds, "step_pictures_alone": 64}
+    (tmp_path / "ablations.json").write_text(json.dumps(facts))
+    text = write_document(tmp_path, tmp_path / "results.md").read_text()
+    assert "+0.0% | 17.5 |" in text
+    assert "Steps (64 pictures, forward and backward, not compiled) were timed afterwards" in text
+
+
+def test_steps_are_timed_for_every_model():
+    tiny = {**BASE, "num_layers": 1, "sample_size": 4}
+    found = time_steps({"a": tiny, "b": {**tiny, "num_layers": 3}}, batch=1, device="cpu")
+    assert 0 < found["a"] < found["b"]
 
 
 def test_a_plot_without_points_is_still_a_picture():
