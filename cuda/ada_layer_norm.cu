@@ -5,7 +5,7 @@
 #include "common.cuh"
 
 #define WARPS 8   // of a block at most; each row has `warps` of them
-#define HELD 4    // vectors of a row that a thread has at most
+#define HELD 6    // vectors of a row that a thread has at most
 
 struct Sizes {
   int64 rows, tokens, channels;  // rows: of all pictures
@@ -20,7 +20,12 @@ struct Sizes {
 __device__ __forceinline__ void load_modulation(float (&out)[VEC], const void* p, int64 index, bool wide) {
   if (wide) {
 #pragma unroll
-    for (int j = 0; j < VEC; ++j) out[j] = static_cast<const float*>(p)[index + j];
+    for (int j = 0; j < VEC; j += 4) {
+      Words<16> bits;
+      load_words(bits, static_cast<const float*>(p) + index + j);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) out[j + k] = __uint_as_float(bits.word[k]);
+    }
   } else {
     load(out, static_cast<const scalar_t*>(p) + index);
   }
@@ -29,24 +34,33 @@ __device__ __forceinline__ void load_modulation(float (&out)[VEC], const void* p
 __device__ __forceinline__ void load_result(float (&out)[VEC], const void* p, int64 index, bool narrow) {
 #if SCALAR == 0
   if (narrow) {
+    Words<8> bits;  // VEC is 4 here
+    load_words(bits, static_cast<const unsigned short*>(p) + index);
 #pragma unroll
-    for (int j = 0; j < VEC; ++j) out[j] = __uint_as_float((unsigned)static_cast<const unsigned short*>(p)[index + j] << 16);
+    for (int j = 0; j < VEC; j += 2) {
+      out[j] = __uint_as_float(bits.word[j / 2] << 16);
+      out[j + 1] = __uint_as_float(bits.word[j / 2] & 0xffff0000u);
+    }
     return;
   }
 #endif
   load(out, static_cast<const scalar_t*>(p) + index);
 }
 
+// The bits of the nearest bfloat16.
+__device__ __forceinline__ unsigned rounded(float value) {
+  const unsigned bits = __float_as_uint(value);
+  const bool number = (bits & 0x7fffffffu) <= 0x7f800000u;
+  return number ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : 0x7fffu;
+}
+
 __device__ __forceinline__ void store_result(void* p, int64 index, const float (&in)[VEC], bool narrow) {
 #if SCALAR == 0
   if (narrow) {
-    unsigned short* const to = static_cast<unsigned short*>(p) + index;
+    Words<8> out;
 #pragma unroll
-    for (int j = 0; j < VEC; ++j) {
-      const unsigned bits = __float_as_uint(in[j]);
-      const bool number = (bits & 0x7fffffffu) <= 0x7f800000u;
-      to[j] = (unsigned short)(number ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : 0x7fffu);
-    }
+    for (int j = 0; j < VEC; j += 2) out.word[j / 2] = rounded(in[j]) | rounded(in[j + 1]) << 16;
+    store_words(out, static_cast<unsigned short*>(p) + index);
     return;
   }
 #endif
@@ -65,7 +79,8 @@ struct Row {
     slot = all / warps, warp = all % warps, step = 32 * warps, first = warp * 32 + lane;
     index = (int64)blockIdx.x * (blockDim.x / 32 / warps) + slot;
     used = index < s.rows;
-    batch = used ? index / s.tokens : 0, token = used ? index % s.tokens : 0;
+    const unsigned at = used ? (unsigned)index : 0u, tokens = (unsigned)s.tokens;  // 32 bits divide quickly
+    batch = at / tokens, token = at % tokens;
   }
   __device__ __forceinline__ int channel(int n) const { return (first + n * step) * VEC; }
 

@@ -15,8 +15,10 @@ from gspn2_diffusion.ops import cupy_backend
 from gspn2_diffusion.ops.launches import Launch, Setting
 from gspn2_diffusion.ops.plans import Plan, ceil_div
 
-WARPS, HELD, VEC = 8, 4, 4  # as in cuda/ada_layer_norm.cu
-MOST_CHANNELS = WARPS * 32 * HELD * VEC
+WARPS, HELD = 8, 6  # as in cuda/ada_layer_norm.cu
+VECTORS = (4, 8)  # the wider one for elements of two bytes
+MOST_CHANNELS = WARPS * 32 * HELD * VECTORS[0]
+_MOST_ROWS = 2**31
 
 
 def fits(x: Tensor, shift: Tensor, scale: Tensor, out_dtype: torch.dtype) -> bool:
@@ -26,7 +28,13 @@ def fits(x: Tensor, shift: Tensor, scale: Tensor, out_dtype: torch.dtype) -> boo
     if shift.dtype != scale.dtype or shift.dtype not in (x.dtype, torch.float32):
         return False
     channels = x.shape[-1]
-    return channels % VEC == 0 and channels <= MOST_CHANNELS and x.shape[0] > 0 and x.shape[1] > 0
+    rows = x.shape[0] * x.shape[1]
+    return channels % VECTORS[0] == 0 and channels <= MOST_CHANNELS and 0 < rows < _MOST_ROWS
+
+
+def _vector(channels: int, size: int) -> int:
+    """Elements of `size` bytes that one access moves."""
+    return VECTORS[size == 2 and channels % VECTORS[1] == 0]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -35,9 +43,10 @@ def _rows(
 ) -> Launch:
     """A launch with ``warps`` warps for every row."""
     rows, _, channels, *_ = sizes
-    warps = ceil_div(channels // VEC, 32 * HELD)
+    vec = _vector(channels, setting.dtype.itemsize)
+    warps = ceil_div(channels // vec, 32 * HELD)
     together = WARPS // warps
-    plan = _plan(entry, ceil_div(rows, together), 32 * warps * together, 4 * WARPS)
+    plan = _plan(entry, vec, ceil_div(rows, together), 32 * warps * together, 4 * WARPS)
     after = (more,) if entry == cupy_backend.NORM else ()
     return Launch(plan, (), setting, (*sizes[:3], warps, *sizes[3:], *strides, *after))
 
@@ -48,20 +57,20 @@ def _columns(
 ) -> tuple[Launch, int]:
     """The launch that sums over tokens, and its groups."""
     _, tokens, channels, *_ = sizes
-    slices = ceil_div(channels // VEC, 32)
+    vec = _vector(channels, setting.dtype.itemsize)
+    slices = ceil_div(channels // vec, 32)
     wanted = ceil_div(4 * cupy_backend.processors(setting.device), slices * batch)
     groups = max(1, min(wanted, tokens // WARPS))
-    plan = _plan(
-        f"{cupy_backend.NORM}_modulation", slices * batch * groups, 32 * WARPS, 4 * WARPS * 2 * VEC * 32
-    )
+    entry, shared = f"{cupy_backend.NORM}_modulation", 4 * WARPS * 2 * vec * 32
+    plan = _plan(entry, vec, slices * batch * groups, 32 * WARPS, shared)
     return Launch(plan, (), setting, (*sizes[:3], 0, *sizes[3:], *strides, batch, groups)), groups
 
 
-def _plan(entry: str, grid: int, threads: int, shared: int) -> Plan:
+def _plan(entry: str, vec: int, grid: int, threads: int, shared: int) -> Plan:
     return Plan(
         source=cupy_backend.NORM,
         entry=entry,
-        vec=VEC,
+        vec=vec,
         run=1,
         grid=grid,
         threads=threads,
@@ -72,11 +81,12 @@ def _plan(entry: str, grid: int, threads: int, shared: int) -> Plan:
 
 def _aligned(tensor: Tensor) -> Tensor:
     """The tensor, or a contiguous copy where its rows cannot be read in vectors."""
-    width = VEC * tensor.element_size()
+    size = tensor.element_size()
+    vec = _vector(tensor.shape[-1], size)
     right = (
         tensor.stride(-1) == 1
-        and tensor.data_ptr() % width == 0
-        and all(s % VEC == 0 for s, n in zip(tensor.stride()[:-1], tensor.shape, strict=False) if n > 1)
+        and tensor.data_ptr() % min(16, vec * size) == 0
+        and all(s % vec == 0 for s, n in zip(tensor.stride()[:-1], tensor.shape, strict=False) if n > 1)
     )
     # Not `contiguous`, which returns a tensor that begins between two vectors as it is.
     return tensor if right else tensor.clone(memory_format=torch.contiguous_format)
@@ -147,7 +157,7 @@ def gradients(
     launch, groups = _columns(batch, *described)
     partial = torch.empty(groups, batch, 2, 1, channels, dtype=torch.float32, device=x.device)
     launch(dy.data_ptr(), x.data_ptr(), stats.data_ptr(), partial.data_ptr())
-    dshift, dscale = partial.sum(0).unbind(1)
+    dshift, dscale = (part.sum(0) for part in partial.unbind(2))  # an operator's results share no memory
     return dx, _fold(dshift, shift), _fold(dscale, scale)
 
 

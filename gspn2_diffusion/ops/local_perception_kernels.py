@@ -124,7 +124,9 @@ def weight_gradients(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         partial = torch.empty(groups, 10, channels, dtype=torch.float32, device=x.device)
         launch(dy.data_ptr(), x.data_ptr(), partial.data_ptr())
         sums = partial.sum(0).t()
-    return sums[:, :9].reshape(channels, 1, 3, 3), sums[:, 9]
+    # The operator's results may not share memory, so the first is copied.
+    taps = sums[:, :9].clone(memory_format=torch.contiguous_format)
+    return taps.view(channels, 1, 3, 3), sums[:, 9].contiguous()
 
 
 def gradients(

@@ -68,7 +68,9 @@ def test_what_begins_between_two_vectors_is_copied():
     ("shape", "dtype", "modulation", "out", "shared"),
     [
         ((2, 11, 20), BF16, None, BF16, False),  # rows that do not fill the last block
-        ((1, 3, 1156), BF16, FP32, BF16, True),  # three warps a row
+        ((1, 3, 1156), BF16, FP32, BF16, True),  # two warps a row, short vectors
+        ((2, 3, 1544), BF16, None, BF16, False),  # two warps a row, long vectors
+        ((2, 5, 40), BF16, FP32, BF16, False),
         ((3, 20, 132), FP32, None, BF16, True),
         ((2, 7, 8), FP32, None, FP32, False),
     ],
@@ -77,8 +79,8 @@ def test_kernels(monkeypatch, shape, dtype, modulation, out, shared):
     x, shift, scale, dy = make_inputs(shape, dtype, modulation, shared)
     dy = dy.to(out)
     want = ground_truth(x, shift, scale, dy)
-    wide = torch.full((shape[0], shape[1] + 1, shape[2] + 4), float("nan"), dtype=dtype)
-    view = wide[:, 1:, 4:]
+    wide = torch.full((shape[0], shape[1] + 1, shape[2] + 8), float("nan"), dtype=dtype)
+    view = wide[:, 1:, 8:]
     view.copy_(x.detach())
     view.requires_grad_()
     with emulated(monkeypatch):
