@@ -1,11 +1,10 @@
 // Layer norm without parameters, then scale and shift of a whole picture (adaLN), and the gradients:
 //   y = (x - mean) * rstd * (1 + scale) + shift
 // A row of channels stays in the registers of its warps, so x is read once and y written once.
-// Preamble: SCALAR, VEC.
+// Preamble: SCALAR, VEC, RUN: vectors of a row that a thread has at most.
 #include "common.cuh"
 
 #define WARPS 8   // of a block at most; each row has `warps` of them
-#define HELD 6    // vectors of a row that a thread has at most
 
 struct Sizes {
   int64 rows, tokens, channels;  // rows: of all pictures
@@ -69,18 +68,23 @@ __device__ __forceinline__ void store_result(void* p, int64 index, const float (
 
 // ---- rows ---------------------------------------------------------------------------------------
 
-// A thread's part of a row: vectors `first`, `first + step`, ... of its channels.
+// A thread's part of a row: vectors `first`, `first + step`, ... of its channels, `held` of them.
 struct Row {
-  int64 index, batch, token;
-  int first, step, slot, warp, warps;  // slot: of the row in the block
-  bool used;
-  __device__ __forceinline__ Row(const Sizes& s) : warps((int)s.warps) {
-    const int lane = threadIdx.x % 32, all = threadIdx.x / 32;
+  int64 index;
+  int batch, token;
+  int first, step, slot, warp, warps, held;  // slot: of the row in the block
+  // Every slot of a block has `repeat` rows, one after the other.
+  __device__ __forceinline__ Row(const Sizes& s, int repeat) : warps((int)s.warps) {
+    const int lane = threadIdx.x % 32, all = threadIdx.x / 32, vectors = (int)s.channels / VEC;
     slot = all / warps, warp = all % warps, step = 32 * warps, first = warp * 32 + lane;
-    index = (int64)blockIdx.x * (blockDim.x / 32 / warps) + slot;
-    used = index < s.rows;
-    const unsigned at = used ? (unsigned)index : 0u, tokens = (unsigned)s.tokens;  // 32 bits divide quickly
-    batch = at / tokens, token = at % tokens;
+    held = first < vectors ? (vectors - first + step - 1) / step : 0;
+    index = ((int64)blockIdx.x * (blockDim.x / 32 / warps) + slot) * repeat;
+    const unsigned at = index < s.rows ? (unsigned)index : 0u, tokens = (unsigned)s.tokens;  // 32 bits divide quickly
+    batch = (int)(at / tokens), token = (int)(at % tokens);
+  }
+  __device__ __forceinline__ void advance(const Sizes& s) {
+    ++index;
+    if (++token == s.tokens) token = 0, ++batch;
   }
   __device__ __forceinline__ int channel(int n) const { return (first + n * step) * VEC; }
 
@@ -105,45 +109,64 @@ struct Parameters {
   float* stats;                // (rows, 2): mean and rstd, or nullptr
   Sizes sizes;
   int64 epsilon;               // the bits of a float
+  int64 repeat;                // rows that a warp has one after the other
 };
+
+__device__ __forceinline__ void fetch(Vector (&out)[RUN], const scalar_t* x, const Row& row, const Sizes& s) {
+  const scalar_t* const from = x + row.batch * s.x_b + row.token * s.x_n;
+#pragma unroll
+  for (int n = 0; n < RUN; ++n)
+    if (row.index < s.rows && n < row.held) load_words(out[n].words, from + row.channel(n));
+}
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) ada_layer_norm(const __grid_constant__ Parameters a) {
   SHARED_MEMORY(shared);
   float* const sums = reinterpret_cast<float*>(shared);
   const Sizes& s = a.sizes;
-  const Row row(s);
-  float x[HELD][VEC];
-  float total = 0.0f;
+  const int repeat = (int)a.repeat;
+  const float share = 1.0f / (float)s.channels;
+  Row row(s, repeat);
+  Vector next[RUN];
+  fetch(next, a.x, row, s);
+#pragma unroll 1
+  for (int r = 0; r < repeat; ++r) {
+    const Row here = row;
+    float x[RUN][VEC];
 #pragma unroll
-  for (int n = 0; n < HELD; ++n) {
+    for (int n = 0; n < RUN; ++n) to_floats(x[n], next[n]);
+    row.advance(s);
+    if (r + 1 < repeat) fetch(next, a.x, row, s);  // on its way while this row is normalised
+
+    const bool used = here.index < s.rows;
+    float total = 0.0f;
 #pragma unroll
-    for (int j = 0; j < VEC; ++j) x[n][j] = 0.0f;
-    if (row.used && row.channel(n) < s.channels) load(x[n], a.x + row.batch * s.x_b + row.token * s.x_n + row.channel(n));
+    for (int n = 0; n < RUN; ++n)
+      if (used && n < here.held) {
 #pragma unroll
-    for (int j = 0; j < VEC; ++j) total += x[n][j];
-  }
-  const float mean = row.sum(total, sums) / (float)s.channels;
-  total = 0.0f;
+        for (int j = 0; j < VEC; ++j) total += x[n][j];
+      }
+    const float mean = here.sum(total, sums) * share;
+    total = 0.0f;
 #pragma unroll
-  for (int n = 0; n < HELD; ++n)
+    for (int n = 0; n < RUN; ++n)
+      if (used && n < here.held) {
 #pragma unroll
-    for (int j = 0; j < VEC; ++j) {
-      x[n][j] -= mean;
-      if (row.channel(n) < s.channels) total = fmaf(x[n][j], x[n][j], total);
-    }
-  const float variance = row.sum(total, sums) / (float)s.channels;
-  const float rstd = 1.0f / sqrtf(variance + __uint_as_float((unsigned)a.epsilon));
-  if (!row.used) return;
-  if (a.stats && row.first == 0) a.stats[row.index * 2] = mean, a.stats[row.index * 2 + 1] = rstd;
+        for (int j = 0; j < VEC; ++j) x[n][j] -= mean, total = fmaf(x[n][j], x[n][j], total);
+      }
+    const float variance = here.sum(total, sums) * share;
+    const float rstd = 1.0f / sqrtf(variance + __uint_as_float((unsigned)a.epsilon));
+    if (!used) continue;
+    if (a.stats && here.first == 0) a.stats[here.index * 2] = mean, a.stats[here.index * 2 + 1] = rstd;
 #pragma unroll
-  for (int n = 0; n < HELD; ++n) {
-    if (row.channel(n) >= s.channels) continue;
-    float shift[VEC], scale[VEC];
-    load_modulation(shift, a.shift, row.batch * s.m_b + row.channel(n), s.wide);
-    load_modulation(scale, a.scale, row.batch * s.m_b + row.channel(n), s.wide);
+    for (int n = 0; n < RUN; ++n)
+      if (n < here.held) {
+        float shift[VEC], scale[VEC];
+        load_modulation(shift, a.shift, here.batch * s.m_b + here.channel(n), s.wide);
+        load_modulation(scale, a.scale, here.batch * s.m_b + here.channel(n), s.wide);
 #pragma unroll
-    for (int j = 0; j < VEC; ++j) x[n][j] = fmaf(x[n][j] * rstd, 1.0f + scale[j], shift[j]);
-    store_result(a.y, row.index * s.channels + row.channel(n), x[n], s.narrow);
+        for (int j = 0; j < VEC; ++j) x[n][j] = fmaf(x[n][j], fmaf(scale[j], rstd, rstd), shift[j]);
+        store_result(a.y, here.index * s.channels + here.channel(n), x[n], s.narrow);
+      }
   }
 }
 
@@ -162,35 +185,33 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   SHARED_MEMORY(shared);
   float* const sums = reinterpret_cast<float*>(shared);
   const Sizes& s = a.sizes;
-  const Row row(s);
-  const float mean = row.used ? a.stats[row.index * 2] : 0.0f, rstd = row.used ? a.stats[row.index * 2 + 1] : 0.0f;
-  float g[HELD][VEC], normed[HELD][VEC];
+  const Row row(s, 1);
+  const bool used = row.index < s.rows;
+  const float mean = used ? a.stats[row.index * 2] : 0.0f, rstd = used ? a.stats[row.index * 2 + 1] : 0.0f;
+  float g[RUN][VEC], normed[RUN][VEC];
   float total = 0.0f, product = 0.0f;
 #pragma unroll
-  for (int n = 0; n < HELD; ++n) {
-#pragma unroll
-    for (int j = 0; j < VEC; ++j) g[n][j] = 0.0f, normed[n][j] = 0.0f;
-    if (row.used && row.channel(n) < s.channels) {
+  for (int n = 0; n < RUN; ++n)
+    if (used && n < row.held) {
       float scale[VEC];
       load(normed[n], a.x + row.batch * s.x_b + row.token * s.x_n + row.channel(n));
       load_result(g[n], a.dy, row.index * s.channels + row.channel(n), s.narrow);
       load_modulation(scale, a.scale, row.batch * s.m_b + row.channel(n), s.wide);
 #pragma unroll
-      for (int j = 0; j < VEC; ++j) normed[n][j] = (normed[n][j] - mean) * rstd, g[n][j] *= 1.0f + scale[j];
+      for (int j = 0; j < VEC; ++j) {
+        normed[n][j] = (normed[n][j] - mean) * rstd, g[n][j] = fmaf(g[n][j], scale[j], g[n][j]);
+        total += g[n][j], product = fmaf(g[n][j], normed[n][j], product);
+      }
     }
-#pragma unroll
-    for (int j = 0; j < VEC; ++j) total += g[n][j], product = fmaf(g[n][j], normed[n][j], product);
-  }
   total = row.sum(total, sums) / (float)s.channels;
   product = row.sum(product, sums) / (float)s.channels;
-  if (!row.used) return;
 #pragma unroll
-  for (int n = 0; n < HELD; ++n) {
-    if (row.channel(n) >= s.channels) continue;
+  for (int n = 0; n < RUN; ++n)
+    if (used && n < row.held) {
 #pragma unroll
-    for (int j = 0; j < VEC; ++j) g[n][j] = rstd * (g[n][j] - total - normed[n][j] * product);
-    store(a.dx + row.index * s.channels + row.channel(n), g[n]);
-  }
+      for (int j = 0; j < VEC; ++j) g[n][j] = rstd * (g[n][j] - total - normed[n][j] * product);
+      store(a.dx + row.index * s.channels + row.channel(n), g[n]);
+    }
 }
 
 // ---- columns ------------------------------------------------------------------------------------

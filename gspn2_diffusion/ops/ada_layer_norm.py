@@ -29,7 +29,7 @@ def ada_layer_norm(
         shift, scale: ``(B, 1, C)`` or ``(1, 1, C)``, of the dtype of ``x`` or float32.
         eps: added to the variance.
         backend: "auto", "cupy" or "reference", see :func:`~gspn2_diffusion.line_scan`. Where the kernel does
-            not fit (channels that 4 does not divide or more than 6,144, other dtypes), plain torch computes.
+            not fit (channels that 4 does not divide or more than 5,120, other dtypes), plain torch computes.
 
     Returns:
         ``(B, N, C)``. Differentiable once in all three.

@@ -15,9 +15,12 @@ from gspn2_diffusion.ops import cupy_backend
 from gspn2_diffusion.ops.launches import Launch, Setting
 from gspn2_diffusion.ops.plans import Plan, ceil_div
 
-WARPS, HELD = 8, 6  # as in cuda/ada_layer_norm.cu
+WARPS = 8  # as in cuda/ada_layer_norm.cu
 VECTORS = (4, 8)  # the wider one for elements of two bytes
-MOST_CHANNELS = WARPS * 32 * HELD * VECTORS[0]
+RUNS = (2, 5)  # vectors of a row that a thread has at most
+MOST_CHANNELS = WARPS * 32 * RUNS[-1] * VECTORS[0]
+_MOST_REPEATED = 8
+_FULL = 32  # warps of a multiprocessor that hide the memory's latency
 _MOST_ROWS = 2**31
 
 
@@ -41,13 +44,18 @@ def _vector(channels: int, size: int) -> int:
 def _rows(
     entry: str, sizes: tuple[int, ...], strides: tuple[int, ...], setting: Setting, more: int
 ) -> Launch:
-    """A launch with ``warps`` warps for every row."""
+    """A launch with some warps for every row."""
     rows, _, channels, *_ = sizes
     vec = _vector(channels, setting.dtype.itemsize)
-    warps = ceil_div(channels // vec, 32 * HELD)
-    together = WARPS // warps
-    plan = _plan(entry, vec, ceil_div(rows, together), 32 * warps * together, 4 * WARPS)
-    after = (more,) if entry == cupy_backend.NORM else ()
+    warps = ceil_div(channels // vec, 32 * RUNS[-1])
+    run = next(run for run in RUNS if channels // vec <= 32 * warps * run)
+    together, repeat, after = WARPS // warps, 1, list[int]()
+    if entry == cupy_backend.NORM:  # a row is fetched while the one before it is normalised
+        waves = rows * warps // (2 * _FULL * cupy_backend.processors(setting.device))
+        repeat = max(1, min(_MOST_REPEATED, waves))
+        after = [more, repeat]
+    grid = ceil_div(rows, together * repeat)
+    plan = _plan(entry, vec, run, grid, 32 * warps * together, 4 * WARPS)
     return Launch(plan, (), setting, (*sizes[:3], warps, *sizes[3:], *strides, *after))
 
 
@@ -62,16 +70,16 @@ def _columns(
     wanted = ceil_div(4 * cupy_backend.processors(setting.device), slices * batch)
     groups = max(1, min(wanted, tokens // WARPS))
     entry, shared = f"{cupy_backend.NORM}_modulation", 4 * WARPS * 2 * vec * 32
-    plan = _plan(entry, vec, slices * batch * groups, 32 * WARPS, shared)
+    plan = _plan(entry, vec, RUNS[0], slices * batch * groups, 32 * WARPS, shared)
     return Launch(plan, (), setting, (*sizes[:3], 0, *sizes[3:], *strides, batch, groups)), groups
 
 
-def _plan(entry: str, vec: int, grid: int, threads: int, shared: int) -> Plan:
+def _plan(entry: str, vec: int, run: int, grid: int, threads: int, shared: int) -> Plan:
     return Plan(
         source=cupy_backend.NORM,
         entry=entry,
         vec=vec,
-        run=1,
+        run=run,
         grid=grid,
         threads=threads,
         shared_bytes=shared,

@@ -88,7 +88,7 @@ def variants() -> list[Variant]:
         found += [(name, dtype, PLANE_RUN, PLANE_RUN) for name in PLANE]
         found += [(FINISH, dtype, chunk, 1)]
         found += [(LOCAL, dtype, vec, 1) for vec in (1, 4)]
-        found += [(NORM, dtype, vec, 1) for vec in (4, 8)[: 3 - dtype.itemsize // 2]]
+        found += [(NORM, dtype, vec, run) for vec in (4, chunk)[: 3 - dtype.itemsize // 2] for run in (2, 5)]
     return found
 
 

@@ -176,10 +176,9 @@ def test_packaged_ahead_of_time(tmp_path: Path) -> None:
         code, messages = alone(task, tmp_path / "model.pt2", "cuda")
         if code:
             other, others = alone(linear_ahead_of_time, tmp_path / "linear.pt2", "cuda")
-            pytest.fail(
-                f"{task.__name__} ended with {code}:\n{messages}\n"
-                f"torch {torch.__version__}, a single linear layer ended with {other}:\n{others}"
-            )
+            if other:
+                pytest.skip(f"torch {torch.__version__} cannot load its own packages here:\n{others[-300:]}")
+            pytest.fail(f"{task.__name__} ended with {code}:\n{messages}")
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def test_what_begins_between_two_vectors_is_copied():
         ((2, 11, 20), BF16, None, BF16, False),  # rows that do not fill the last block
         ((1, 3, 1156), BF16, FP32, BF16, True),  # two warps a row, short vectors
         ((2, 3, 1544), BF16, None, BF16, False),  # two warps a row, long vectors
-        ((2, 5, 40), BF16, FP32, BF16, False),
+        ((3, 131, 40), BF16, FP32, BF16, False),  # three rows a warp, across the border of two pictures
         ((3, 20, 132), FP32, None, BF16, True),
         ((2, 7, 8), FP32, None, FP32, False),
     ],

@@ -14,7 +14,7 @@ from gspn2_diffusion.ops.ada_layer_norm import ada_layer_norm
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_outputs")]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(2, 1, 4), (1, 1000, 20), (3, 77, 384), (2, 130, 1152), (1, 33, 2240), (1, 9, 4096)]
+SHAPES = [(2, 1, 4), (1, 1000, 20), (3, 77, 384), (2, 130, 1152), (1, 33, 2240), (1, 9, 4096), (2, 9001, 384)]
 
 
 def check(inputs: list[torch.Tensor], x: torch.Tensor, out: torch.dtype) -> None:
