@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from line_scan import CASES, DIRECTIONS, MINIMUM_BYTES, Inputs, make_inputs, relative_error
+from line_scan import CASES, DIRECTIONS, MINIMUM_BYTES, SMALL_CHANNELS, Inputs, make_inputs, relative_error
 from timing import time_graph, write_result
 
 from gspn2_diffusion.ops import cupy_backend, plane_plans, plans, scan_kernels
@@ -36,7 +36,7 @@ class Tiled:
     """The tiled kernels' choices and what they are estimated by."""
 
     tile = Tile
-    fields = ("vec", "run", "slice", "cluster", "halo", "stage_lines")
+    fields = ("vec", "run", "slice", "cluster", "halo", "stage_lines", "merged")
     candidates = staticmethod(plans.tiles)
     plan = staticmethod(plans.tiled_plan)
     choose = staticmethod(plans.choose_tile)
@@ -64,7 +64,8 @@ FAMILIES: dict[str, Any] = {"tiled": Tiled, "plane": Plane}
 
 def problem_of(shape: tuple[int, ...], backward: bool) -> Problem:
     batch, height, width, channels = shape
-    return Problem(batch, height, width, channels, 1, tuple(DIRECTIONS), 0, 2, backward)
+    touching = channels < SMALL_CHANNELS
+    return Problem(batch, height, width, channels, 1, tuple(DIRECTIONS), 0, 2, backward, touching)
 
 
 def run(inputs: Inputs, state: torch.Tensor | None, plan: Plan) -> list[torch.Tensor]:
@@ -165,6 +166,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=100.0, help="for all shapes together")
     parser.add_argument("--kernels", choices=tuple(FAMILIES), default="tiled")
     parser.add_argument("--passes", choices=("forward", "backward"), help="only one of them")
+    parser.add_argument("--channels", type=int, help="only shapes with so many")
     parser.add_argument("--fit", type=Path, nargs="+", help="results of this program, instead of measuring")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--commit", default=None, help="commit to record where there is no git history")
@@ -185,7 +187,8 @@ def main() -> None:
     with torch.no_grad():
         plane = options.kernels == "plane"
         passes = [kind == "backward" for kind in ("forward", "backward") if options.passes in (None, kind)]
-        todo = list(itertools.product(PLANES if plane else SHAPES, passes))
+        shapes = [s for s in (PLANES if plane else SHAPES) if options.channels in (None, s[3])]
+        todo = list(itertools.product(shapes, passes))
         for shape, backward in todo:
             rows = measure(family, shape, backward, options.seconds / len(todo))
             cases.append({"shape": list(shape), "backward": backward, "tiles": rows})

@@ -67,39 +67,51 @@ struct Copier {
     publish_barriers();
   }
   __device__ void fetch(int stage, int) const {
-    const int step = stage * capacity, slot = stage % STAGES, left = k.start - k.halo;
+    const int step = stage * capacity, slot = stage % STAGES;
     if (step >= total) return;
-    const int boxes = boxes_of(a.tiling), kind = k.direction >> 1, line = k.end - 1 - step;
-    const bool backwards = k.direction & 1;
-    const int low = backwards ? k.lines - 1 - line : line - capacity + 1;  // lowest line of the stage in memory
+    const int boxes = boxes_of(a.tiling), kind = k.direction >> 1, low = lowest(step);
+    const Corner wide(k, slice, k.start - k.halo, low), narrow(k, slice, k.start, low);
+    Corner around(k, slice, 0, k.direction & 1 ? low + 1 : low - 1);
+    around.position = k.start - 1;  // its rows never hold several positions, for these would begin between two
     const int positions = (a.u ? 2 : 1) * m.wide.box_positions + 2 * m.narrow.box_positions + m.around.box_positions;
     int64* const barrier = m.barriers + slot;
     expect_bytes(barrier, boxes * positions * capacity * slice * (int)sizeof(scalar_t));
-    copy_stage(m.dy + slot * m.wide.elements, m.wide, boxes, a.dy_map[kind], k.channel, left, low, k.slot, k.batch, barrier);
-    if (a.u)
-      copy_stage(m.u + slot * m.wide.elements, m.wide, boxes, a.u_map[kind], k.channel, left, low, k.slot, k.batch, barrier);
-    copy_stage(m.x + slot * m.narrow.elements, m.narrow, boxes, a.x_map[kind], k.channel, k.start, low, 0, k.batch, barrier);
-    copy_stage(m.lam + slot * m.narrow.elements, m.narrow, boxes, a.lam_map[kind], k.channel, k.start, low, k.slot, k.batch,
-               barrier);
-    copy_stage(m.h + slot * m.around.elements, m.around, boxes, a.state_map[kind], k.channel, k.start - 1,
-               backwards ? low + 1 : low - 1, k.slot, k.batch, barrier);
+    copy_stage(m.dy + slot * m.wide.elements, m.wide, boxes, a.dy_map[kind], wide, k.slot, k.batch, barrier);
+    if (a.u) copy_stage(m.u + slot * m.wide.elements, m.wide, boxes, a.u_map[kind], wide, k.slot, k.batch, barrier);
+    copy_stage(m.x + slot * m.narrow.elements, m.narrow, boxes, a.x_map[kind], narrow, 0, k.batch, barrier);
+    copy_stage(m.lam + slot * m.narrow.elements, m.narrow, boxes, a.lam_map[kind], narrow, k.slot, k.batch, barrier);
+    copy_stage(m.h + slot * m.around.elements, m.around, boxes, a.state_map[kind], around, k.slot, k.batch, barrier);
+  }
+  // Of the lines of a stage that begins with `step`, the lowest one in memory.
+  __device__ int lowest(int step) const {
+    const int line = k.end - 1 - step;
+    return k.direction & 1 ? k.lines - 1 - line : line - capacity + 1;
   }
   __device__ void store(int stage, int) const {
     const int step = stage * capacity, steps = min(capacity, total - step), slot = stage % STAGES;
     const int boxes = boxes_of(a.tiling), kind = k.direction >> 1;
     const bool backwards = k.direction & 1;
-    for (int j = 0; j < steps; ++j) {
+    const int first = k.start / k.together;
+    for (int j = 0; j < steps && !k.across; ++j) {
       const int line = k.end - 1 - step - j, row = backwards ? k.lines - 1 - line : line;
       const int place = backwards ? j : capacity - 1 - j;
       for (int n = 0; n < boxes; ++n) {
         const int from = slot * m.narrow.elements + n * m.narrow.box_elements + place * m.narrow.box_positions * slice;
-        const int position = k.start + n * m.narrow.box_positions;
+        const int position = first + n * m.narrow.box_positions;
         if (a.dlam) store_box(a.dlam_map[kind], k.channel, position, row, k.slot, k.batch, m.x + from);
         if (a.dx) store_box(a.dx_map[kind], k.channel, position, row, k.slot, k.batch, m.lam + from);
       }
       if (a.du && boxes == 1)
-        store_box(a.du_map[kind], k.channel, k.start, row, k.slot, k.batch,
+        store_box(a.du_map[kind], k.channel, first, row, k.slot, k.batch,
                   m.dy + slot * m.wide.elements + (place * m.wide.box_positions + k.halo) * slice);
+    }
+    if (k.across) {  // all lines leave at once
+      const int channel = lowest(step) * slice, from = slot * m.narrow.elements;
+      if (a.dlam) store_box(a.dlam_map[kind], channel, first, 0, k.slot, k.batch, m.x + from);
+      if (a.dx) store_box(a.dx_map[kind], channel, first, 0, k.slot, k.batch, m.lam + from);
+      if (a.du)
+        store_box(a.du_map[kind], channel, first, 0, k.slot, k.batch,
+                  m.dy + slot * m.wide.elements + k.halo * capacity * slice);
     }
     commit_stores();
     wait_stores();
@@ -250,6 +262,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
   for (int n = thread; n < 2 * border + 4 * k.halo * slice; n += consumers) m.border[n] = 0.0f;
 
   const Place at(thread, slice);
+  const int pitch = k.across ? capacity * slice : slice;  // of positions in shared memory
   const int readable = at.used ? k.extended : 0;  // positions before this one are there to be read
   const Exchange exchange = {m.received, shared_address(m.barriers + STAGES), k.halo, k.own, slice, k.rank, CLUSTER};
   const int p = k.start - k.halo + at.first;
@@ -272,7 +285,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
     const int q = at.first + r;
     own[r] = at.used && at.c < k.channels && q >= k.halo && q < k.halo + k.own;
     wants_du[r] = own[r] && a.du;
-    at_wide[r] = m.wide.at(q, slice) + at.c, at_narrow[r] = m.narrow.at(own[r] ? q - k.halo : 0, slice) + at.c;
+    at_wide[r] = m.wide.at(q, pitch) + at.c, at_narrow[r] = m.narrow.at(own[r] ? q - k.halo : 0, pitch) + at.c;
 #pragma unroll
     for (int n = 0; n < VEC; ++n) g.value[r][n] = 0.0f, hidden[r].element[n] = 0;
     if (wants_du[r]) load_words(hidden[r].words, a.state + out.at(0, p + r) + at.c);
@@ -280,10 +293,9 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
   int at_around[RUN + 2];  // of the positions from one before to one after
 #pragma unroll
   for (int r = 0; r < RUN + 2; ++r)
-    at_around[r] = m.around.at(max(0, min(at.first + r - k.halo, k.width + 1)), slice) + at.c;
+    at_around[r] = m.around.at(max(0, min(at.first + r - k.halo, k.width + 1)), pitch) + at.c;
   const int first_line = ACCELERATOR && !backwards ? capacity - 1 : 0, sign = ACCELERATOR && !backwards ? -1 : 1;
-  const int wide_line = m.wide.box_positions * slice, narrow_line = m.narrow.box_positions * slice,
-            around_line = m.around.box_positions * slice;
+  const int wide_line = m.wide.line(k, slice), narrow_line = m.narrow.line(k, slice), around_line = m.around.line(k, slice);
   const int u_after_dy = a.u ? (int)(m.u - m.dy) : 0, lam_after_x = (int)(m.lam - m.x);
   float* previous = m.border;
   float* current = m.border + border;

@@ -52,32 +52,39 @@ struct Copier {
     publish_barriers();
   }
   __device__ void fetch(int stage, int) const {
-    const int line = k.begin + stage * capacity, slot = stage % STAGES, left = k.start - k.halo;
+    const int line = k.begin + stage * capacity, slot = stage % STAGES;
     if (line >= k.end) return;
-    const int boxes = boxes_of(a.tiling), kind = k.direction >> 1;
-    const int low = k.direction & 1 ? k.lines - line - capacity : line;  // lowest line of the stage in memory
+    const int boxes = boxes_of(a.tiling), kind = k.direction >> 1, low = lowest(line);
+    const Corner wide(k, slice, k.start - k.halo, low), narrow(k, slice, k.start, low);
     const int positions = boxes * (2 * m.wide.box_positions + (a.u ? m.narrow.box_positions : 0));
     int64* const barrier = m.barriers + slot;
     expect_bytes(barrier, positions * capacity * slice * (int)sizeof(scalar_t));
-    copy_stage(m.x + slot * m.wide.elements, m.wide, boxes, a.x_map[kind], k.channel, left, low, 0, k.batch, barrier);
-    copy_stage(m.lam + slot * m.wide.elements, m.wide, boxes, a.lam_map[kind], k.channel, left, low, k.slot, k.batch,
-               barrier);
-    if (a.u)
-      copy_stage(m.u + slot * m.narrow.elements, m.narrow, boxes, a.u_map[kind], k.channel, k.start, low, k.slot, k.batch,
-                 barrier);
+    copy_stage(m.x + slot * m.wide.elements, m.wide, boxes, a.x_map[kind], wide, 0, k.batch, barrier);
+    copy_stage(m.lam + slot * m.wide.elements, m.wide, boxes, a.lam_map[kind], wide, k.slot, k.batch, barrier);
+    if (a.u) copy_stage(m.u + slot * m.narrow.elements, m.narrow, boxes, a.u_map[kind], narrow, k.slot, k.batch, barrier);
   }
+  // Of the lines of a stage that begins at `line`, the lowest one in memory.
+  __device__ int lowest(int line) const { return k.direction & 1 ? k.lines - line - capacity : line; }
   __device__ void store(int stage, int) const {
     const int line = k.begin + stage * capacity, lines = min(capacity, k.end - line), slot = stage % STAGES;
     const int boxes = boxes_of(a.tiling), kind = k.direction >> 1;
     const bool backwards = k.direction & 1;
-    for (int j = 0; j < lines; ++j) {
+    const int first = k.start / k.together;
+    for (int j = 0; j < lines && !k.across; ++j) {
       const int row = backwards ? k.lines - 1 - line - j : line + j, place = backwards ? capacity - 1 - j : j;
       for (int n = 0; n < boxes; ++n)
-        store_box(a.y_map[kind], k.channel, k.start + n * m.narrow.box_positions, row, k.slot, k.batch,
+        store_box(a.y_map[kind], k.channel, first + n * m.narrow.box_positions, row, k.slot, k.batch,
                   m.u + slot * m.narrow.elements + n * m.narrow.box_elements + place * m.narrow.box_positions * slice);
       if (a.state && boxes == 1)
-        store_box(a.state_map[kind], k.channel, k.start, row, k.slot, k.batch,
+        store_box(a.state_map[kind], k.channel, first, row, k.slot, k.batch,
                   m.x + slot * m.wide.elements + (place * m.wide.box_positions + k.halo) * slice);
+    }
+    if (k.across) {  // all lines leave at once
+      const int channel = lowest(line) * slice;
+      store_box(a.y_map[kind], channel, first, 0, k.slot, k.batch, m.u + slot * m.narrow.elements);
+      if (a.state)
+        store_box(a.state_map[kind], channel, first, 0, k.slot, k.batch,
+                  m.x + slot * m.wide.elements + k.halo * capacity * slice);
     }
     commit_stores();
     wait_stores();
@@ -209,6 +216,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
   for (int n = thread; n < 2 * border + 4 * k.halo * slice; n += consumers) m.border[n] = 0.0f;
 
   const Place at(thread, slice);
+  const int pitch = k.across ? capacity * slice : slice;  // of positions in shared memory
   const int readable = at.used ? k.extended : 0;  // positions before this one are there to be read
   const Exchange exchange = {m.received, shared_address(m.barriers + STAGES), k.halo, k.own, slice, k.rank, CLUSTER};
   const bool stores_state = a.state && boxes_of(a.tiling) > 1;  // where the accelerator cannot
@@ -219,7 +227,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
   for (int r = 0; r < RUN; ++r) {
     const int q = at.first + r;
     own[r] = at.used && at.c < k.channels && q >= k.halo && q < k.halo + k.own;
-    at_wide[r] = m.wide.at(q, slice) + at.c, at_narrow[r] = m.narrow.at(own[r] ? q - k.halo : 0, slice) + at.c;
+    at_wide[r] = m.wide.at(q, pitch) + at.c, at_narrow[r] = m.narrow.at(own[r] ? q - k.halo : 0, pitch) + at.c;
   }
   scalar_t* state = a.state + vy.at(k.begin, k.start - k.halo + at.first) + at.c;
   Carry h;
@@ -228,7 +236,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
 #pragma unroll
     for (int n = 0; n < VEC; ++n) h.value[r][n] = 0.0f;
   const bool backwards = ACCELERATOR && (k.direction & 1);
-  const int wide_line = m.wide.box_positions * slice, narrow_line = m.narrow.box_positions * slice;
+  const int wide_line = m.wide.line(k, slice), narrow_line = m.narrow.line(k, slice);
   const int wide_step = backwards ? -wide_line : wide_line, narrow_step = backwards ? -narrow_line : narrow_line;
   const int first_line = backwards ? capacity - 1 : 0;
   const int lam_after_x = (int)(m.lam - m.x);

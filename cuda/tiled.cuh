@@ -35,6 +35,7 @@ struct Tiling {
   int64 boxes;                            // a line's positions are copied in so many boxes
   int64 consumers;                        // threads, a multiple of 32
   int64 normalize;
+  int64 merged;                           // rows of the accelerator hold several positions or lines: Tile::across
 };
 
 // Only the accelerator limits how many positions come at once; without it the boxes would have to be filled alike.
@@ -44,6 +45,11 @@ struct Tile : Stretch {
   int slice, channel, channels, group, rank;  // channels: those that really exist from `channel` on
   int start, width, own;    // first position, nominal width (layout), positions that really exist
   int halo, extended;       // positions on either side, width + 2 halo
+  // Rows of few channels are short, and the accelerator takes as long for one as for a longer one. Where all that lies
+  // beside each other in memory touches, its rows hold `together` positions of a scan over rows, or all lines of a
+  // stage at one position of a scan over columns (`across`).
+  int together;
+  bool across;
 };
 
 template <int CLUSTER> __device__ __forceinline__ Tile make_tile(const Tiling& t) {
@@ -61,12 +67,16 @@ template <int CLUSTER> __device__ __forceinline__ Tile make_tile(const Tiling& t
   k.own = max(0, min(k.width, k.positions - k.start));
   k.halo = (int)t.halo;
   k.extended = k.width + 2 * k.halo;
+  const bool merged = RUN == 1 && t.merged;  // more positions a thread leave no registers for it
+  k.across = merged && !vertical;
+  k.together = merged && vertical ? 128 / ((int)t.slice * (int)sizeof(scalar_t)) : 1;
   return k;
 }
 
 // ---- stages in shared memory --------------------------------------------------------------------
 
-// `count` positions of `lines` lines lie in shared memory as [box][line][box_positions][slice].
+// `count` positions of `lines` lines lie in shared memory as [box][line][box_positions][slice], or, where rows go across
+// lines, as [position][line][slice].
 struct Layout {
   int box_positions, box_elements, elements;  // elements of a box and of a stage, padded to 128 bytes
   __device__ __forceinline__ Layout(int count, int lines, int slice, int boxes) {
@@ -75,9 +85,11 @@ struct Layout {
     box_elements = (box_positions * lines * slice + unit - 1) / unit * unit;
     elements = box_elements * boxes;
   }
-  // Of line 0; the next line is box_positions * slice further on.
-  __device__ __forceinline__ int at(int q, int slice) const {
-    return q / box_positions * box_elements + q % box_positions * slice;
+  // From one line to the next.
+  __device__ __forceinline__ int line(const Tile& k, int slice) const { return k.across ? slice : box_positions * slice; }
+  // Of line 0; `pitch` leads from one position to the next.
+  __device__ __forceinline__ int at(int q, int pitch) const {
+    return q / box_positions * box_elements + q % box_positions * pitch;
   }
 };
 
@@ -87,11 +99,18 @@ __device__ __forceinline__ void start_barrier(int64* barrier) { barrier_init(sha
 __device__ __forceinline__ void expect_bytes(int64* barrier, int bytes) { barrier_expect(shared_address(barrier), bytes); }
 __device__ __forceinline__ void wait_barrier(int64* barrier, int phase) { barrier_wait(shared_address(barrier), phase); }
 
+// Where a box begins, in the dimensions of its map.
+struct Corner {
+  int channel, position, line;
+  __device__ __forceinline__ Corner(const Tile& k, int slice, int position, int line)
+      : channel(k.across ? line * slice : k.channel), position(position / k.together), line(k.across ? 0 : line) {}
+};
+
 // Starts the copy of one tensor's part of a stage.
-__device__ __forceinline__ void copy_stage(const scalar_t* to, const Layout& layout, int boxes, const Map& map, int channel,
-                                          int position, int line, int slot, int batch, int64* barrier) {
+__device__ __forceinline__ void copy_stage(const scalar_t* to, const Layout& layout, int boxes, const Map& map, const Corner& c,
+                                          int slot, int batch, int64* barrier) {
   for (int n = 0; n < boxes; ++n)
-    copy_box(to + n * layout.box_elements, map, channel, position + n * layout.box_positions, line, slot, batch, barrier);
+    copy_box(to + n * layout.box_elements, map, c.channel, c.position + n * layout.box_positions, c.line, slot, batch, barrier);
 }
 #endif
 

@@ -58,6 +58,8 @@ TILES: list[tuple[tuple[int, int], int, Tile]] = [
     ((310, 318), 16, Tile(8, 1, 16, 16, 8, 2)),
     ((61, 90), 72, Tile(4, 1, 32, 2, 8, 2)),
     ((300, 17), 24, Tile(8, 3, 16, 1, 0, 1)),
+    ((27, 24), 8, Tile(8, 1, 8, 2, 8, 2, merged=True)),
+    ((40, 64), 16, Tile(4, 1, 16, 1, 0, 4, merged=True)),
 ]
 PLANES = [((40, 136), PlaneTile(1)), ((260, 264), PlaneTile(2))]  # (H, W) of one channel, tile
 
@@ -70,14 +72,16 @@ def run_tile(size: tuple[int, int], channels: int, tile: Tile) -> None:
         return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
     limit = cupy_backend.shared_limit(torch.cuda.current_device())
-    inputs = (draw(*grid, channels), draw(*grid, d, 1, 3), draw(*grid, d, channels), draw(*grid, d, channels))
-    problems = [Problem(*grid, channels, 1, tuple(DIRECTIONS), 0, 2, backward) for backward in (False, True)]
+    weight, lam, u, dy = (draw(d, *grid, *shape).movedim(0, 3) for shape in ((1, 3), *[(channels,)] * 3))
+    inputs = (draw(*grid, channels), weight, lam, u)
+    facts = (*grid, channels, 1, tuple(DIRECTIONS), 0, 2)
+    problems = [Problem(*facts, backward, touching=True) for backward in (False, True)]
     plans = [tiled_plan(problem, tile, True, limit) for problem in problems]
     assert None not in plans, tile
     options = (DIRECTIONS, 0, True)
     _, state = scan_kernels.line_scan_forward(*inputs, *options, True, plan=plans[0])
     assert state is not None
-    scan_kernels.line_scan_backward(draw(*grid, d, channels), *inputs, state, *options, plan=plans[1])
+    scan_kernels.line_scan_backward(dy, *inputs, state, *options, plan=plans[1])
 
 
 def run_plane(size: tuple[int, int], tile: PlaneTile) -> None:

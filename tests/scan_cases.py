@@ -63,6 +63,11 @@ def make_inputs(
     }
 
 
+def directions_outermost(t: Tensor) -> Tensor:
+    """A tensor ``(B, H, W, D, ...)`` with the directions outermost in memory."""
+    return t.movedim(3, 0).contiguous().movedim(0, 3)
+
+
 def run(inputs: dict[str, Tensor | None], dy: Tensor, **options: object) -> dict[str, Tensor]:
     """``y`` and the gradient of ``(y * dy).sum()`` in every input."""
     y = line_scan(**inputs, **options)

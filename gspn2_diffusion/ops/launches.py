@@ -120,7 +120,9 @@ def choose_plan(
     dtype, device, directions, chunk, normalize = setting
     batch, height, width, channels = shape
     itemsize = dtype.itemsize
-    problem = Problem(batch, height, width, channels, groups, directions, chunk, itemsize, backward)
+    sizes = (batch, height, width, len(directions))
+    touching = all(each[2] == channels for each in strides)
+    problem = Problem(batch, height, width, channels, groups, directions, chunk, itemsize, backward, touching)
     vec = _vector_width(problem, strides, alignment)
     limit, processors = cupy_backend.shared_limit(device), cupy_backend.processors(device)
     planar = all(fits_planes(problem, strides, each, alignment) for each in weights)
@@ -130,7 +132,6 @@ def choose_plan(
         if plan is not None:
             return plan
     # The accelerator does not take a stride of zero, as an expanded tensor has.
-    sizes = (problem.batch, problem.height, problem.width, len(directions))
     dense = all(
         stride > 0 or size == 1 for each in strides for stride, size in zip(each, sizes, strict=False)
     )
@@ -223,16 +224,28 @@ def tensor_maps(
     words: list[int] = []
     for index, kind, (s_b, s_h, s_w, *s_d) in mapped:
         pointer = pointers[index]
-        for (positions, s_p), (lines, s_l), own in (
-            ((width, s_w), (height, s_h), plan.widths[0]),
-            ((height, s_h), (width, s_w), plan.widths[1]),
+        for across, (positions, s_p), (lines, s_l), own in (
+            (False, (width, s_w), (height, s_h), plan.widths[0]),
+            (True, (height, s_h), (width, s_w), plan.widths[1]),
         ):
             count = own + (2 * tile.halo if kind == HALO else 2 if kind == AROUND else 0)
-            sizes = (channels, positions, lines, len(setting.directions) if s_d else 1, batch)
+            row, at_once, many = tile.slice, 1 if kind == STORE else tile.stage_lines, channels
+            if tile.merged and across:  # all lines of a stage in a row
+                row, at_once, many, lines = row * tile.stage_lines, 1, many * lines, 1
+            elif tile.merged and kind != AROUND:  # rows of 128 bytes
+                together = 128 // (row * setting.dtype.itemsize)
+                row, many, positions, s_p = (
+                    row * together,
+                    many * together,
+                    positions // together,
+                    s_p * together,
+                )
+                count = -(-count // together)
+            sizes = (many, positions, lines, len(setting.directions) if s_d else 1, batch)
             strides = [
                 s if n > 1 else 16 for s, n in zip((s_p, s_l, *(s_d or [0]), s_b), sizes[1:], strict=True)
             ]
-            box = (tile.slice, -(-count // plan.boxes), 1 if kind == STORE else tile.stage_lines, 1, 1)
+            box = (row, -(-count // plan.boxes), at_once, 1, 1)
             if pointer and 0 < box[1] <= MAX_BOX:
                 words += cupy_backend.tensor_map(setting.dtype, pointer, sizes, strides, box)
             else:

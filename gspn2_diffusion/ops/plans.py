@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 STAGES = 4  # as in cuda/tiled.cuh
 WEIGHERS = 128
@@ -30,6 +30,7 @@ class Problem:
         directions: indices into ``("down", "up", "right", "left")``.
         chunk: lines after which the hidden state restarts, 0 for never.
         itemsize: bytes of an element.
+        touching: neighbouring positions of a row touch in memory, in every operand.
     """
 
     batch: int
@@ -41,6 +42,7 @@ class Problem:
     chunk: int
     itemsize: int
     backward: bool
+    touching: bool = False
 
     @property
     def per_group(self) -> int:
@@ -78,6 +80,7 @@ class Tile:
         cluster: blocks that share a line.
         halo: lines between two exchanges of a cluster, 0 without one.
         stage_lines: lines that are fetched together; divides ``halo``.
+        merged: the accelerator copies rows of several positions or lines, see ``struct Tile`` there.
     """
 
     vec: int
@@ -86,6 +89,7 @@ class Tile:
     cluster: int
     halo: int
     stage_lines: int
+    merged: bool = False
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: it is a key of what is kept for every launch
@@ -196,7 +200,7 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
         return None  # sums over the lanes of a position are made by shuffles
     # The accelerator reads and writes shared memory at multiples of 128 bytes.
     unit = 128 // math.gcd(128, tile.slice * problem.itemsize)
-    if tile.halo % unit or tile.halo % tile.stage_lines:
+    if tile.halo % unit or tile.halo % tile.stage_lines or (tile.merged and not _may_merge(problem, tile)):
         return None
     longest = ceil_div(problem.line_lengths[-1], tile.cluster)
     boxes = ceil_div(longest + 2 * max(tile.halo, 1) + unit, MAX_BOX)
@@ -207,6 +211,8 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
     for length, width in zip(problem.line_lengths, widths, strict=True):
         if length - (tile.cluster - 1) * width < max(tile.halo, 1):
             return None  # the last block would have less than its neighbour needs
+    if tile.merged and boxes > 1:
+        return None
     extended = widths[-1] + 2 * tile.halo
     consumers = 32 * ceil_div(ceil_div(extended, tile.run), 32 // lanes) if lanes <= 32 else MAX_GRID
     if consumers + HELPERS > (448 if tile.vec * tile.run >= 12 else 736):  # THREADS
@@ -244,6 +250,7 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
             boxes,
             consumers,
             int(normalize),
+            int(tile.merged),
         ),
         channel_slices=slices // problem.groups,
         tile=tile,
@@ -255,6 +262,16 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
 def _may_overhang(problem: Problem, tile: Tile) -> bool:
     """Whether the last slice may end behind the last channel, where the accelerator reads zeros."""
     return problem.groups == 1 and tile.slice < problem.channels
+
+
+def _may_merge(problem: Problem, tile: Tile) -> bool:
+    """Whether rows can be merged: into 128 bytes along a row, into those of a stage across it.
+
+    Across, the lines of a stage leave together, so none of them may belong to another chunk.
+    """
+    row = tile.slice * problem.itemsize
+    alone = tile.slice == problem.channels and problem.chunk_lines == problem.lines and tile.run == 1
+    return problem.touching and alone and 128 % row == 0 and problem.width % (128 // row) == 0
 
 
 def tiled_shared_bytes(problem: Problem, tile: Tile, width: int, boxes: int, consumers: int) -> int:
@@ -302,7 +319,9 @@ def tiles(problem: Problem, clusters: Sequence[int] = (1, 2, 3, 4, 5, 7, 8, 16))
     overhang = len(clusters) > 1 and 0 < max(exact, default=0) < _SHORT_ROW
     for size, (vec, run), cluster in itertools.product(_CHUNKS if overhang else exact, RUNS, clusters):
         for stage_lines, halo in itertools.product((1, 2, 4), (0,) if cluster == 1 else (2, 4, 8)):
-            yield Tile(vec * 2 // problem.itemsize, run, size * chunk, cluster, halo, stage_lines)
+            tile = Tile(vec * 2 // problem.itemsize, run, size * chunk, cluster, halo, stage_lines)
+            merge = size < _SHORT_ROW and len(clusters) > 1 and _may_merge(problem, tile)
+            yield replace(tile, merged=True) if merge else tile
 
 
 def cost_terms(problem: Problem, plan: Plan, shared_limit: int, processors: int) -> tuple[float, ...]:
@@ -328,8 +347,11 @@ def cost_terms(problem: Problem, plan: Plan, shared_limit: int, processors: int)
     together = times * min(blocks, ceil_div(plan.grid, processors))
     width = max(plan.widths)
     extended = width + 2 * tile.halo
+    row = tile.slice * problem.itemsize
     rows = 2 * extended + (6 if problem.backward else 2) * width
-    short = max(1.0, 64 / (tile.slice * problem.itemsize))
+    short = max(1.0, 64 / row)
+    if tile.merged:  # half of the scans are over rows, half over columns
+        short = (row / 128 + max(1.0, 64 / (row * tile.stage_lines)) / tile.stage_lines) / 2
     return (
         times,
         times / tile.stage_lines,

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from emulate import SHARED_LIMIT, emulated, needs_compiler
-from scan_cases import BACKWARD_TOLERANCE, FORWARD_TOLERANCE, ground_truth, make_inputs, relative_error
+from scan_cases import (
+    BACKWARD_TOLERANCE,
+    FORWARD_TOLERANCE,
+    directions_outermost,
+    ground_truth,
+    make_inputs,
+    relative_error,
+)
 
 from gspn2_diffusion.ops import scan_kernels
 from gspn2_diffusion.ops.line_scan import DIRECTIONS
@@ -20,6 +27,8 @@ CASES = [  # (H, W), C, G, tile, chunk, dtype, options of the inputs (and "scans
     ((12, 14), 8, 1, Tile(2, 1, 8, 2, 4, 4), 0, FP32, {}),
     ((16, 18), 24, 1, Tile(8, 1, 16, 2, 4, 4), 0, BF16, {}),  # the last slice overhangs
     ((3, 270), 8, 1, Tile(4, 3, 8, 1, 0, 1), 0, FP32, {"scans": (1, 0)}),  # a line in two boxes
+    ((27, 24), 8, 1, Tile(8, 1, 8, 2, 8, 2, merged=True), 0, BF16, {}),
+    ((33, 40), 8, 1, Tile(4, 1, 8, 2, 4, 4, merged=True), 0, FP32, {"with_u": False}),
 ]
 
 
@@ -38,16 +47,19 @@ def test_tiles(size, channels, groups, tile, chunk, dtype, kind):
     normalize = kind.get("normalize", True)
     plans = []
     for backward in (False, True):
-        problem = Problem(1, *size, channels, groups, scans, chunk, dtype.itemsize, backward)
+        problem = Problem(1, *size, channels, groups, scans, chunk, dtype.itemsize, backward, tile.merged)
         plans.append(tiled_plan(problem, tile, normalize, SHARED_LIMIT))
     assert None not in plans
     x, weight, lam, u = (None if t is None else t.detach() for t in inputs.values())
+    dy = torch.randn(lam.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    if tile.merged:
+        weight, lam, dy = (directions_outermost(t) for t in (weight, lam, dy))
+        u = None if u is None else directions_outermost(u)
     setting = (scans, chunk, normalize)
     y, state = scan_kernels.line_scan_forward(x, weight, lam, u, *setting, True, plan=plans[0])
     kept = y if state is None else state
     names = tuple(DIRECTIONS[code] for code in scans)
     options = {"chunk_size": chunk or None, "normalize": normalize, "directions": names}
-    dy = torch.randn(lam.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     hidden = ground_truth({**inputs, "u": None}, dy, **options)["y"]
     assert relative_error(kept, hidden) <= FORWARD_TOLERANCE[dtype]
     grads = scan_kernels.line_scan_backward(dy, x, weight, lam, u, kept, *setting, plan=plans[1])

@@ -119,6 +119,24 @@ def test_the_last_slice_overhangs_where_only_short_ones_divide_the_channels():
     assert chosen.slice >= 32
 
 
+def test_rows_of_few_channels_are_merged_where_they_touch():
+    problem = dataclasses.replace(PROBLEM, batch=16, height=1024, width=1024, channels=8)
+    for backward in (False, True):
+        for touching in (False, True):
+            either = dataclasses.replace(problem, backward=backward, touching=touching)
+            chosen = choose_tile(either, CLUSTERS, LIMIT, PROCESSORS)
+            assert chosen is not None
+            assert chosen.merged == touching
+    merged = dataclasses.replace(chosen, merged=True)
+    assert tiled_plan(either, merged, True, LIMIT) is not None
+    changes = {"touching": False, "chunk": 128, "width": 1020, "channels": 16}
+    for name, value in changes.items():
+        other = dataclasses.replace(either, **{name: value})
+        assert tiled_plan(other, merged, True, LIMIT) is None, name
+        assert tiled_plan(other, dataclasses.replace(merged, merged=False), True, LIMIT) is not None, name
+    assert tiled_plan(either, dataclasses.replace(merged, run=3), True, LIMIT) is None
+
+
 def test_nothing_tiled_fits_a_line_that_is_too_long():
     problem = dataclasses.replace(PROBLEM, height=3, width=40_000, channels=8)
     assert choose_tile(problem, (1,), LIMIT, PROCESSORS) is None

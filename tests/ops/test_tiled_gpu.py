@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from scan_cases import BACKWARD_TOLERANCE, FORWARD_TOLERANCE, ground_truth, make_inputs, relative_error
+from scan_cases import (
+    BACKWARD_TOLERANCE,
+    FORWARD_TOLERANCE,
+    directions_outermost,
+    ground_truth,
+    make_inputs,
+    relative_error,
+)
 
 from gspn2_diffusion.ops import cupy_backend, scan_kernels
 from gspn2_diffusion.ops.line_scan import DIRECTIONS
@@ -35,6 +44,12 @@ CASES = [  # (H, W), C, G, tile of elements of two bytes, chunk
     ((300, 17), 8, 1, Tile(8, 1, 8, 1, 0, 1), 0),
     ((1, 7), 8, 1, Tile(4, 1, 8, 1, 0, 2), 0),
 ]
+MERGED = [  # (H, W), C, tile of elements of two bytes
+    ((40, 64), 8, Tile(8, 1, 8, 1, 0, 2, merged=True)),
+    ((61, 96), 16, Tile(4, 1, 16, 2, 8, 4, merged=True)),
+    ((150, 120), 8, Tile(8, 1, 8, 5, 8, 2, merged=True)),
+    ((310, 320), 8, Tile(4, 1, 8, 8, 8, 4, merged=True)),
+]
 
 
 def run_tile(inputs, dy, tile, chunk=0, normalize=True):
@@ -44,8 +59,8 @@ def run_tile(inputs, dy, tile, chunk=0, normalize=True):
     limit = cupy_backend.shared_limit(x.device.index)
     plans = []
     for backward in (False, True):
-        problem = Problem(*x.shape, groups, (0, 1, 2, 3), chunk, x.element_size(), backward)
-        smaller = [tile, *(Tile(*(*tile_tuple(tile)[:5], n)) for n in (4, 2, 1) if n < tile.stage_lines)]
+        problem = Problem(*x.shape, groups, (0, 1, 2, 3), chunk, x.element_size(), backward, tile.merged)
+        smaller = [tile, *(replace(tile, stage_lines=n) for n in (4, 2, 1) if n < tile.stage_lines)]
         found = [p for p in (tiled_plan(problem, t, normalize, limit) for t in smaller) if p is not None]
         assert found, f"{tile} does not fit {tuple(x.shape)}"
         plans.append(found[0])
@@ -57,15 +72,12 @@ def run_tile(inputs, dy, tile, chunk=0, normalize=True):
     return {"y": y, **{f"d{name}": g for name, g in zip(names, grads, strict=False)}}
 
 
-def tile_tuple(tile):
-    return (tile.vec, tile.run, tile.slice, tile.cluster, tile.halo, tile.stage_lines)
-
-
 def for_dtype(tile, dtype):
     """The same bytes a thread and a block, in elements of another size."""
     if dtype.itemsize == 2:
         return tile
-    return Tile(tile.vec // 2, tile.run, max(tile.slice // 2, 4), *tile_tuple(tile)[3:])
+    slices = tile.slice if tile.merged else max(tile.slice // 2, 4)  # merged are rows of all channels
+    return replace(tile, vec=tile.vec // 2, slice=slices)
 
 
 def assert_tile_matches(size, channels, groups, tile, chunk, dtype, **kind):
@@ -73,6 +85,11 @@ def assert_tile_matches(size, channels, groups, tile, chunk, dtype, **kind):
     generator = torch.Generator().manual_seed(1)
     dy = torch.randn(2, *size, 4, channels, generator=generator, dtype=torch.float64).to("cuda", dtype)
     normalize = kind.get("normalize", True)
+    if tile.merged:
+        for name in ("weight", "lam", "u"):
+            if inputs[name] is not None:
+                inputs[name] = directions_outermost(inputs[name].detach()).requires_grad_()
+        dy = directions_outermost(dy)
     got = run_tile(inputs, dy, for_dtype(tile, dtype), chunk, normalize)
     want = ground_truth(inputs, dy, directions=DIRECTIONS, chunk_size=chunk or None, normalize=normalize)
     for name, value in got.items():
@@ -90,6 +107,15 @@ def test_tiles(size, channels, groups, tile, chunk, dtype):
     if tile.cluster not in cupy_backend.clusters(0):
         pytest.skip("this GPU has no clusters")
     assert_tile_matches(size, channels, groups, tile, chunk, dtype)
+
+
+@pytest.mark.parametrize("kind", [{}, {"with_u": False}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("size", "channels", "tile"), MERGED)
+def test_merged_rows(size, channels, tile, dtype, kind):
+    if tile.cluster not in cupy_backend.clusters(0):
+        pytest.skip("this GPU has no clusters")
+    assert_tile_matches(size, channels, 1, tile, 0, dtype, **kind)
 
 
 @pytest.mark.parametrize("kind", [{"with_u": False}, {"normalize": False}])
