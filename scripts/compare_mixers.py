@@ -6,11 +6,12 @@
 
 "train" runs one variant per GPU at a time, each for exactly --steps steps, then lets one judge see all their
 pictures, and writes benchmarks/results/<study>.json. Variants that the file holds already stay in it, if they
-were trained with the same settings, so a study may be made in several calls. "report" makes docs/results.md
-from the files in benchmarks/results; "sheet" makes docs/results-transfer.webp from the sheets that judging at
-several --sizes left in --work. With --at_once variants share a GPU, since setting up a short run takes longer
-than training it; steps are then timed at the end, with the GPU to themselves. Options after "--" go to
-scripts/train_text_to_image.py unchanged.
+were trained with the same settings, so a study may be made in several calls; runs and judgements that --work
+holds from a call that was cut off are not repeated. With --at_once variants share a GPU, since setting up a
+short run takes longer than training it; steps are then timed at the end, with the GPU to themselves. "report"
+makes docs/results.md from the files in benchmarks/results; "sheet" makes docs/results-transfer.webp from the
+sheets that judging at several --sizes left in --work. Options after "--" go to scripts/train_text_to_image.py
+unchanged.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+RECORD = "command.json"  # in the folder of what a command made, once it ended well
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -105,7 +107,8 @@ def train(given: argparse.Namespace, passed: Sequence[str]) -> Path:
     print("\n".join(f"{name}: {count:,} parameters" for name, count in parameters.items()), flush=True)
     work = given.work / given.study
     commands = {name: _training(given, work / name, config, passed) for name, config in configs.items()}
-    status = run_all(commands, work, at_once=given.at_once)
+    folders = {name: work / name for name in configs}
+    status = run_all(commands, folders, at_once=given.at_once)
     finished = [name for name in configs if status[name] == 0]
     scores = judge_all(given, work, finished) if given.evaluate and finished else {}
     alone = time_alone({name: configs[name] for name in finished}) if given.at_once > 1 else {}
@@ -149,7 +152,6 @@ def _training(
 ) -> list[str]:
     """The command that trains one variant; the same for all but the architecture."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").unlink(missing_ok=True)  # of an earlier try
     architecture = folder / "transformer.json"
     architecture.write_text(json.dumps({"_class_name": "GSPN2Transformer2DModel", **config}, indent=1))
     settings: dict[str, Any] = {
@@ -186,12 +188,23 @@ def time_alone(configs: dict[str, Any]) -> dict[str, dict[str, float | None]]:
     return {name: {**shared, "step_milliseconds_alone": measured.get(name)} for name in configs}
 
 
+def is_made(folder: Path, command: list[str]) -> bool:
+    """Whether this very command filled the folder and ended well."""
+    record = folder / RECORD
+    return record.is_file() and json.loads(record.read_text()) == command
+
+
 def run_all(
-    commands: dict[str, list[str]], work: Path, needed: Path | None = None, at_once: int = 1
+    commands: dict[str, list[str]],
+    folders: dict[str, Path],
+    needed: Path | None = None,
+    at_once: int = 1,
 ) -> dict[str, int]:
     """Run commands, `at_once` per GPU (one after the other without GPUs); exit status by name.
 
     Args:
+        commands: by name; not run are those that made their folder before.
+        folders: what each of them fills.
         needed: a file that the first command makes; the others start once it is there, or that one has ended.
     """
     import torch
@@ -199,30 +212,41 @@ def run_all(
     free: Queue[int | None] = Queue()
     for device in (list(range(torch.cuda.device_count())) or [None]) * at_once:  # type: ignore[list-item]
         free.put(device)
-    first, first_ended = next(iter(commands)), threading.Event()
+    made = {name for name, command in commands.items() if is_made(folders[name], command)}
+    left = [name for name in commands if name not in made]
+    print("".join(f"{name}: made before\n" for name in made), end="", flush=True)
+    first, first_ended = next(iter(left), None), threading.Event()
 
     def run(name: str) -> int:
         device = free.get()
         try:
             while name != first and needed and not needed.is_file() and not first_ended.wait(0.5):
                 pass
-            return _run_one(name, commands[name], work / f"{name}.log", device)
+            return _run_one(name, commands[name], folders[name], device)
         finally:
             if name == first:
                 first_ended.set()
             free.put(device)
 
     with ThreadPoolExecutor(max(1, free.qsize())) as pool:
-        return dict(zip(commands, pool.map(run, commands), strict=True))
+        return dict.fromkeys(commands, 0) | dict(zip(left, pool.map(run, left), strict=True))
 
 
-def _run_one(name: str, command: list[str], log: Path, device: int | None) -> int:
-    environment = dict(os.environ)
+def _run_one(name: str, command: list[str], folder: Path, device: int | None) -> int:
+    environment, log = dict(os.environ), folder / "log.txt"
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in (
+        folder / "metrics.jsonl",
+        *folder.rglob(RECORD),
+    ):  # of an earlier try, and what was judged of it
+        old.unlink(missing_ok=True)
     if device is not None:
         environment["CUDA_VISIBLE_DEVICES"] = str(device)
     print(f"{name}: started on {'the CPU' if device is None else f'GPU {device}'}", flush=True)
     with log.open("a", encoding="utf-8") as stream:
         status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment).returncode
+    if status == 0:
+        (folder / RECORD).write_text(json.dumps(command))
     ending = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-3:])
     print(f"{name}: exit {status}\n{ending}", flush=True)
     return status
@@ -259,8 +283,9 @@ def judge_all(given: argparse.Namespace, work: Path, names: Sequence[str]) -> di
 
     for name in names:
         balance_scans(work / name / "pipeline")
+    folders = {name: work / name / "evaluation" for name in names}
     # The first one trains the judge, where there is none.
-    run_all({name: command(name) for name in names}, work, judge / "judge.json", given.at_once)
+    run_all({name: command(name) for name in names}, folders, judge / "judge.json", given.at_once)
     found = {}
     for name in names:
         files = sorted((work / name / "evaluation").glob("results*.json"))

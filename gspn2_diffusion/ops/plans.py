@@ -368,6 +368,8 @@ def estimate(problem: Problem, plan: Plan, shared_limit: int, processors: int) -
     assert plan.tile is not None
     if problem.backward and plan.tile.cluster == 3 and max(plan.widths) > _MOST_OF_THREE:
         return math.inf
+    if plan.tile.merged and plan.tile.cluster not in _POWERS:
+        return math.inf  # (16, 1024, 1024, 8): clusters of 5 and 7 took 2.4 ms, those of 8 2.1
     terms = cost_terms(problem, plan, shared_limit, processors)
     return sum(c * t for c, t in zip(_COST[problem.backward], terms, strict=True))
 

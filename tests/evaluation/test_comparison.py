@@ -204,7 +204,7 @@ def test_commands_wait_for_the_file_that_the_first_makes(module, tmp_path, monke
     look = f"import sys, pathlib; sys.exit(0 if pathlib.Path({str(needed)!r}).is_file() else 3)"
     words = {"first": make if makes else "import sys; sys.exit(2)", "second": look, "third": look}
     commands = {name: [sys.executable, "-c", text] for name, text in words.items()}
-    status = module.run_all(commands, tmp_path, needed)
+    status = module.run_all(commands, {name: tmp_path / name for name in commands}, needed)
     expected = {"first": 0, "second": 0, "third": 0} if makes else {"first": 2, "second": 3, "third": 3}
     assert status == expected
 
@@ -241,3 +241,28 @@ def test_the_script_trains_all_variants_alike(module, tmp_path, monkeypatch):
     assert (list(facts["variants"]), facts["failed"]) == (["gspn2", "softmax", "hybrid"], [])
     module.main([str(o) for o in [*options, "--seed", "1", *one]])  # other settings do not mix
     assert list(json.loads((tmp_path / "results" / "mixers.json").read_text())["variants"]) == ["hybrid"]
+
+
+def test_what_was_made_before_is_not_made_again(module, tmp_path, capfd):
+    """A study that was stopped goes on where it was; what failed or was asked for otherwise runs again."""
+
+    def run(**codes):
+        commands = {
+            name: [sys.executable, "-c", f"print('{name}'); raise SystemExit({code})"]
+            for name, code in codes.items()
+        }
+        return module.run_all(commands, {name: tmp_path / name for name in commands})
+
+    assert run(a=0, b=3) == {"a": 0, "b": 3}
+    (tmp_path / "a" / "metrics.jsonl").write_text("kept")
+    (tmp_path / "b" / "metrics.jsonl").write_text("of the run that failed")
+    capfd.readouterr()
+    assert run(a=0, b=3) == {"a": 0, "b": 3}
+    said = capfd.readouterr().out
+    assert "a: made before" in said
+    assert "b: started on" in said
+    assert (tmp_path / "a" / "metrics.jsonl").read_text() == "kept"
+    assert not (tmp_path / "b" / "metrics.jsonl").exists()
+    assert run(a=0) == {"a": 0}
+    assert run(b=0) == {"b": 0}
+    assert (tmp_path / "b" / "log.txt").read_text().split() == ["b", "b", "b"]
