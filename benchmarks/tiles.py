@@ -36,7 +36,7 @@ class Tiled:
     """The tiled kernels' choices and what they are estimated by."""
 
     tile = Tile
-    fields = ("vec", "run", "slice", "cluster", "halo", "stage_lines", "merged")
+    fields = ("vec", "run", "slice", "cluster", "halo", "stage_lines", "merged", "wide")
     candidates = staticmethod(plans.tiles)
     plan = staticmethod(plans.tiled_plan)
     choose = staticmethod(plans.choose_tile)

@@ -5,7 +5,7 @@
 // fetched ahead into a ring in shared memory; results take the place of the inputs that they were made of and leave
 // from there. Threads are of three kinds:
 //   consumers  RUN positions and VEC channels each, hidden states in registers
-//   weighers   128, fetch raw coefficients a stage ahead and turn them into weights
+//   weighers   WEIGHERS, fetch raw coefficients a stage ahead and turn them into weights
 //   a copier   one warp, moves stages between global and shared memory
 // From compute capability 9.0 on the tensor memory accelerator does the copier's work; before, the weighers copy 16
 // bytes at a time (asynchronously from 8.0 on), and there are no clusters.
@@ -21,10 +21,17 @@
 #endif
 
 // RUN is odd, so that a warp reads the rows of shared memory without bank conflicts.
+#ifdef WIDE  // long stretches of few channels: more weights for the bytes that arrive, and stages of merged rows
+#define STAGES 3
+#define THREADS 512
+#define WEIGHERS 256
+#define ITEMS 5
+#else
 #define STAGES 4
 #define THREADS (VEC * RUN >= 12 ? 448 : 736)  // of a block at most
 #define WEIGHERS 128
 #define ITEMS 4  // positions times lines of a stage that a weigher has at most
+#endif
 
 struct Tiling {
   int64 batch, height, width, channels, groups, directions, packed_directions, chunk_size, chunks;
@@ -38,9 +45,6 @@ struct Tiling {
   int64 merged;                           // rows of the accelerator hold several positions or lines: Tile::across
 };
 
-// Only the accelerator limits how many positions come at once; without it the boxes would have to be filled alike.
-__device__ __forceinline__ int boxes_of(const Tiling& t) { return ACCELERATOR ? (int)t.boxes : 1; }
-
 struct Tile : Stretch {
   int slice, channel, channels, group, rank;  // channels: those that really exist from `channel` on
   int start, width, own;    // first position, nominal width (layout), positions that really exist
@@ -51,6 +55,11 @@ struct Tile : Stretch {
   int together;
   bool across;
 };
+
+// Only the accelerator limits how many rows come at once; without it the boxes would have to be filled alike.
+__device__ __forceinline__ int boxes_of(const Tile& k, const Tiling& t) {
+  return ACCELERATOR && k.together == 1 ? (int)t.boxes : 1;
+}
 
 template <int CLUSTER> __device__ __forceinline__ Tile make_tile(const Tiling& t) {
   Tile k;
@@ -67,7 +76,11 @@ template <int CLUSTER> __device__ __forceinline__ Tile make_tile(const Tiling& t
   k.own = max(0, min(k.width, k.positions - k.start));
   k.halo = (int)t.halo;
   k.extended = k.width + 2 * k.halo;
+#ifdef WIDE
+  const bool merged = true;
+#else
   const bool merged = RUN == 1 && t.merged;  // more positions a thread leave no registers for it
+#endif
   k.across = merged && !vertical;
   k.together = merged && vertical ? 128 / ((int)t.slice * (int)sizeof(scalar_t)) : 1;
   return k;

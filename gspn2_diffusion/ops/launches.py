@@ -230,6 +230,7 @@ def tensor_maps(
         ):
             count = own + (2 * tile.halo if kind == HALO else 2 if kind == AROUND else 0)
             row, at_once, many = tile.slice, 1 if kind == STORE else tile.stage_lines, channels
+            boxes = plan.boxes
             if tile.merged and across:  # all lines of a stage in a row
                 row, at_once, many, lines = row * tile.stage_lines, 1, many * lines, 1
             elif tile.merged and kind != AROUND:  # rows of 128 bytes
@@ -240,12 +241,12 @@ def tensor_maps(
                     positions // together,
                     s_p * together,
                 )
-                count = -(-count // together)
+                count, boxes = -(-count // together), 1
             sizes = (many, positions, lines, len(setting.directions) if s_d else 1, batch)
             strides = [
                 s if n > 1 else 16 for s, n in zip((s_p, s_l, *(s_d or [0]), s_b), sizes[1:], strict=True)
             ]
-            box = (row, -(-count // plan.boxes), at_once, 1, 1)
+            box = (row, -(-count // boxes), at_once, 1, 1)
             if pointer and 0 < box[1] <= MAX_BOX:
                 words += cupy_backend.tensor_map(setting.dtype, pointer, sizes, strides, box)
             else:

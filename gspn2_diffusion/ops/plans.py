@@ -11,12 +11,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-STAGES = 4  # as in cuda/tiled.cuh
-WEIGHERS = 128
-ITEMS = 4
-HELPERS = WEIGHERS + 32  # threads beside the consumers
+COPIER = 32  # threads
 MAX_GRID = 2**31 - 1
 MAX_BOX = 256  # positions that the tensor memory accelerator copies at once
+WIDE_RUN = 3  # of wide tiles
 _GENERIC_THREADS = 512  # __launch_bounds__ of the generic kernels
 RUNS = ((4, 1), (8, 1), (8, 3))  # channels and positions of a thread, for elements of two bytes
 _PREFERRED_SHARED_BYTES = 48 * 1024  # more would leave too few generic blocks on a multiprocessor
@@ -81,6 +79,7 @@ class Tile:
         halo: lines between two exchanges of a cluster, 0 without one.
         stage_lines: lines that are fetched together; divides ``halo``.
         merged: the accelerator copies rows of several positions or lines, see ``struct Tile`` there.
+        wide: of the forward kernel for long stretches of few channels, whose rows are merged.
     """
 
     vec: int
@@ -90,6 +89,32 @@ class Tile:
     halo: int
     stage_lines: int
     merged: bool = False
+    wide: bool = False
+
+    @property
+    def stages(self) -> int:
+        """STAGES in ``cuda/tiled.cuh``."""
+        return 3 if self.wide else 4
+
+    @property
+    def weighers(self) -> int:
+        """WEIGHERS there."""
+        return 256 if self.wide else 128
+
+    @property
+    def items(self) -> int:
+        """ITEMS there."""
+        return 5 if self.wide else 4
+
+    @property
+    def most_threads(self) -> int:
+        """THREADS there."""
+        return 512 if self.wide else 448 if self.vec * self.run >= 12 else 736
+
+    @property
+    def helpers(self) -> int:
+        """Threads beside the consumers."""
+        return self.weighers + COPIER
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: it is a key of what is kept for every launch
@@ -198,9 +223,10 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
         return None
     if problem.backward and (lanes > 32 or lanes & (lanes - 1)):
         return None  # sums over the lanes of a position are made by shuffles
+    merges = tile.merged or tile.wide
     # The accelerator reads and writes shared memory at multiples of 128 bytes.
     unit = 128 // math.gcd(128, tile.slice * problem.itemsize)
-    if tile.halo % unit or tile.halo % tile.stage_lines or (tile.merged and not _may_merge(problem, tile)):
+    if tile.halo % unit or tile.halo % tile.stage_lines or (merges and not _may_merge(problem, tile)):
         return None
     longest = ceil_div(problem.line_lengths[-1], tile.cluster)
     boxes = ceil_div(longest + 2 * max(tile.halo, 1) + unit, MAX_BOX)
@@ -211,16 +237,16 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
     for length, width in zip(problem.line_lengths, widths, strict=True):
         if length - (tile.cluster - 1) * width < max(tile.halo, 1):
             return None  # the last block would have less than its neighbour needs
-    if tile.merged and boxes > 1:
+    if tile.merged and boxes > 1 and not tile.wide:
         return None
     extended = widths[-1] + 2 * tile.halo
     consumers = 32 * ceil_div(ceil_div(extended, tile.run), 32 // lanes) if lanes <= 32 else MAX_GRID
-    if consumers + HELPERS > (448 if tile.vec * tile.run >= 12 else 736):  # THREADS
+    if consumers + tile.helpers > tile.most_threads:
         return None
     shared = max(tiled_shared_bytes(problem, tile, width, boxes, consumers) for width in widths)
     if shared > shared_limit:
         return None
-    if tile.stage_lines * (extended + 2) > WEIGHERS * ITEMS:
+    if tile.stage_lines * (extended + 2) > tile.weighers * tile.items:
         return None
     slices = ceil_div(problem.channels, tile.slice)
     chunks = ceil_div(problem.lines, problem.chunk_lines)
@@ -228,14 +254,14 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
     check_grid(grid, problem)
     by_length = dict(zip(problem.line_lengths, widths, strict=True))
     across, down = by_length.get(problem.width, 0), by_length.get(problem.height, 0)
-    source = "line_scan_backward_tiled" if problem.backward else "line_scan_forward_tiled"
+    name = "line_scan_backward_tiled" if problem.backward else "line_scan_forward_tiled"
     return Plan(
-        source=source,
-        entry=f"{source}_{tile.cluster}",
+        source="line_scan_forward_wide" if tile.wide else name,
+        entry=f"{name}_{tile.cluster}",
         vec=tile.vec,
         run=tile.run,
         grid=grid,
-        threads=consumers + HELPERS,
+        threads=consumers + tile.helpers,
         shared_bytes=shared,
         parameters=(
             *problem.shape,
@@ -270,8 +296,13 @@ def _may_merge(problem: Problem, tile: Tile) -> bool:
     Across, the lines of a stage leave together, so none of them may belong to another chunk.
     """
     row = tile.slice * problem.itemsize
-    alone = tile.slice == problem.channels and problem.chunk_lines == problem.lines and tile.run == 1
+    alone = tile.slice == problem.channels and problem.chunk_lines == problem.lines
+    alone = alone and (_fits_wide(problem, tile) if tile.wide else tile.run == 1)
     return problem.touching and alone and 128 % row == 0 and problem.width % (128 // row) == 0
+
+
+def _fits_wide(problem: Problem, tile: Tile) -> bool:
+    return not problem.backward and tile.merged and tile.run == WIDE_RUN and tile.cluster <= 2
 
 
 def tiled_shared_bytes(problem: Problem, tile: Tile, width: int, boxes: int, consumers: int) -> int:
@@ -284,7 +315,7 @@ def tiled_shared_bytes(problem: Problem, tile: Tile, width: int, boxes: int, con
     per_warp = 32 // (tile.slice // tile.vec)
     border = consumers // 32 * per_warp + 2 if tile.run == 1 else 2 * (consumers // 32 + 2)
     states = 4 * tile.slice * (2 * border + 4 * tile.halo)
-    return STAGES * (stages + 8) + 2 * 8 + weights + states
+    return tile.stages * (stages + 8) + 2 * 8 + weights + states
 
 
 # Which tile: the one with the lowest estimated time. Nanoseconds for one line of one wave of blocks, for each
@@ -320,8 +351,11 @@ def tiles(problem: Problem, clusters: Sequence[int] = (1, 2, 3, 4, 5, 7, 8, 16))
     for size, (vec, run), cluster in itertools.product(_CHUNKS if overhang else exact, RUNS, clusters):
         for stage_lines, halo in itertools.product((1, 2, 4), (0,) if cluster == 1 else (2, 4, 8)):
             tile = Tile(vec * 2 // problem.itemsize, run, size * chunk, cluster, halo, stage_lines)
-            merge = size < _SHORT_ROW and len(clusters) > 1 and _may_merge(problem, tile)
-            yield replace(tile, merged=True) if merge else tile
+            merged, wide = replace(tile, merged=True), replace(tile, merged=True, wide=True)
+            may = size < _SHORT_ROW and len(clusters) > 1
+            yield merged if may and _may_merge(problem, merged) else tile
+            if may and _may_merge(problem, wide):
+                yield wide
 
 
 def cost_terms(problem: Problem, plan: Plan, shared_limit: int, processors: int) -> tuple[float, ...]:
@@ -359,7 +393,7 @@ def cost_terms(problem: Problem, plan: Plan, shared_limit: int, processors: int)
         times if tile.halo else 0.0,
         together * extended * tile.slice / 1000,
         together * rows / 100 * short,
-        together * (plan.threads - HELPERS) / 32 if tile.run > 1 else 0.0,
+        together * (plan.threads - tile.helpers) / 32 if tile.run > 1 else 0.0,
     )
 
 
@@ -368,6 +402,8 @@ def estimate(problem: Problem, plan: Plan, shared_limit: int, processors: int) -
     assert plan.tile is not None
     if problem.backward and plan.tile.cluster == 3 and max(plan.widths) > _MOST_OF_THREE:
         return math.inf
+    if plan.tile.wide:
+        return math.inf  # not measured yet
     if plan.tile.merged and plan.tile.cluster not in _POWERS:
         return math.inf  # (16, 1024, 1024, 8): clusters of 5 and 7 took 2.4 ms, those of 8 2.1
     terms = cost_terms(problem, plan, shared_limit, processors)

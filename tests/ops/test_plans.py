@@ -8,10 +8,7 @@ import math
 import pytest
 
 from gspn2_diffusion.ops.plans import (
-    HELPERS,
-    ITEMS,
     MAX_BOX,
-    WEIGHERS,
     Problem,
     Tile,
     choose_tile,
@@ -65,9 +62,9 @@ def test_every_tile_keeps_to_the_kernels_rules(problem):
             assert length - (tile.cluster - 1) * width >= max(1, tile.halo)
             assert tile.cluster * width >= length
             assert math.ceil((extended + 2) / plan.boxes) <= MAX_BOX + 1
-            assert (extended + 2) * tile.stage_lines <= WEIGHERS * ITEMS
+            assert (extended + 2) * tile.stage_lines <= tile.weighers * tile.items
             per_warp = 32 // lanes
-            assert (plan.threads - HELPERS) // 32 * per_warp * tile.run >= extended
+            assert (plan.threads - tile.helpers) // 32 * per_warp * tile.run >= extended
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
