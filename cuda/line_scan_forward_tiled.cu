@@ -81,10 +81,10 @@ struct Copier {
     }
     if (k.across) {  // all lines leave at once
       const int channel = lowest(line) * slice;
-      for (int n = 0; n < boxes; ++n)
+      for (int n = 0; n < (WIDE ? boxes : 1); ++n)
         store_box(a.y_map[kind], channel, first + n * m.narrow.box_positions, 0, k.slot, k.batch,
                   m.u + slot * m.narrow.elements + n * m.narrow.box_elements);
-      if (a.state && boxes == 1)
+      if (a.state && (!WIDE || boxes == 1))
         store_box(a.state_map[kind], channel, first, 0, k.slot, k.batch,
                   m.x + slot * m.wide.elements + k.halo * capacity * slice);
     }
@@ -321,7 +321,7 @@ ENTRY(1, )
 #if __CUDA_ARCH__ >= 900
 ENTRY(2, __cluster_dims__(2, 1, 1))
 #endif
-#if __CUDA_ARCH__ >= 900 && !defined(WIDE)
+#if __CUDA_ARCH__ >= 900 && !WIDE
 ENTRY(3, __cluster_dims__(3, 1, 1))
 ENTRY(4, __cluster_dims__(4, 1, 1))
 ENTRY(5, __cluster_dims__(5, 1, 1))

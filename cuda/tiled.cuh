@@ -21,7 +21,10 @@
 #endif
 
 // RUN is odd, so that a warp reads the rows of shared memory without bank conflicts.
-#ifdef WIDE  // long stretches of few channels: more weights for the bytes that arrive, and stages of merged rows
+#ifndef WIDE
+#define WIDE 0
+#endif
+#if WIDE  // long stretches of few channels: more weights for the bytes that arrive, rows always merged
 #define STAGES 3
 #define THREADS 512
 #define WEIGHERS 256
@@ -58,7 +61,7 @@ struct Tile : Stretch {
 
 // Only the accelerator limits how many rows come at once; without it the boxes would have to be filled alike.
 __device__ __forceinline__ int boxes_of(const Tile& k, const Tiling& t) {
-  return ACCELERATOR && k.together == 1 ? (int)t.boxes : 1;
+  return ACCELERATOR && !(WIDE && k.together > 1) ? (int)t.boxes : 1;
 }
 
 template <int CLUSTER> __device__ __forceinline__ Tile make_tile(const Tiling& t) {
@@ -76,11 +79,7 @@ template <int CLUSTER> __device__ __forceinline__ Tile make_tile(const Tiling& t
   k.own = max(0, min(k.width, k.positions - k.start));
   k.halo = (int)t.halo;
   k.extended = k.width + 2 * k.halo;
-#ifdef WIDE
-  const bool merged = true;
-#else
-  const bool merged = RUN == 1 && t.merged;  // more positions a thread leave no registers for it
-#endif
+  const bool merged = WIDE || (RUN == 1 && t.merged);  // more positions a thread leave no registers for it
   k.across = merged && !vertical;
   k.together = merged && vertical ? 128 / ((int)t.slice * (int)sizeof(scalar_t)) : 1;
   return k;

@@ -32,7 +32,15 @@ CASES = [  # (H, W), C, G, tile, chunk, dtype, options of the inputs (and "scans
     ((27, 24), 8, 1, Tile(8, 1, 8, 2, 8, 2, merged=True), 0, BF16, {}),
     ((33, 40), 8, 1, Tile(4, 1, 8, 2, 4, 4, merged=True), 0, FP32, {"with_u": False}),
     ((33, 40), 8, 1, Tile(8, 3, 8, 2, 8, 2, merged=True, wide=True), 0, BF16, {}),
-    ((278, 16), 8, 1, Tile(8, 3, 8, 1, 0, 2, merged=True, wide=True), 0, BF16, {"scans": (0, 3)}),  # two boxes
+    (
+        (278, 16),
+        8,
+        1,
+        Tile(8, 3, 8, 1, 0, 2, merged=True, wide=True),
+        0,
+        BF16,
+        {"scans": (0, 3)},
+    ),  # two boxes
 ]
 
 
