@@ -165,12 +165,18 @@ def gradients(
     launch, groups = _columns(batch, *described)
     partial = torch.empty(groups, batch, 2, 1, channels, dtype=torch.float32, device=x.device)
     launch(dy.data_ptr(), x.data_ptr(), stats.data_ptr(), partial.data_ptr())
-    dshift, dscale = (part.sum(0) for part in partial.unbind(2))  # an operator's results share no memory
-    return dx, _fold(dshift, shift), _fold(dscale, scale)
+    sums = partial[0] if groups == 1 else partial.sum(0)  # (B, 2, 1, C)
+    if shift.shape == scale.shape:  # together: every launch counts where there are few tokens
+        dshift, dscale = _fold(sums, shift).unbind(1)
+    else:
+        dshift, dscale = (
+            _fold(part, like) for part, like in zip(sums.unbind(1), (shift, scale), strict=True)
+        )
+    return dx, dshift, dscale
 
 
 def _fold(grad: Tensor, like: Tensor) -> Tensor:
-    """A gradient for every picture, summed where all share one modulation."""
+    """A gradient for every picture, summed where all share one modulation, in the dtype of the latter."""
     return (grad.sum(0, keepdim=True) if like.shape[0] < grad.shape[0] else grad).to(like.dtype)
 
 
@@ -218,7 +224,9 @@ def _(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtyp
     "-> (Tensor, Tensor, Tensor)",
 )
 def ada_layer_norm_backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(dy.new_empty(0) if grad is None else grad for grad in gradients(dy, *arguments))
+    dx, *rest = (dy.new_empty(0) if grad is None else grad for grad in gradients(dy, *arguments))
+    # An operator's results share no memory.
+    return dx, *(grad.clone(memory_format=torch.contiguous_format) for grad in rest)
 
 
 @ada_layer_norm_backward.register_fake

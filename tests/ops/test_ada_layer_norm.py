@@ -91,3 +91,17 @@ def test_kernels(monkeypatch, shape, dtype, modulation, out, shared):
     for name, source, got in zip(NAMES, (view, shift, scale), grads, strict=True):
         assert (got.dtype, got.shape) == (source.dtype, source.shape)
         assert relative_error(got, want[name]) <= BACKWARD_TOLERANCE[dtype], name
+
+
+@needs_compiler
+def test_the_operators_results_share_no_memory(monkeypatch):
+    """torch refuses operators that return two views of one tensor."""
+    x, shift, scale, dy = (t.detach() for t in make_inputs((2, 5, 8), FP32))
+    with emulated(monkeypatch):
+        _, stats = kernels.normalise(x, shift, scale, 1e-6, FP32, True)
+        results = kernels.ada_layer_norm_backward._init_fn(dy, x, shift, scale, stats, [True] * 3)
+        plain = kernels.gradients(dy, x, shift, scale, stats, (True, True, True))
+    assert len({t.untyped_storage().data_ptr() for t in (*results, dy, x, shift, scale, stats)}) == 8
+    for got, want, like in zip(results, plain, (x, shift, scale), strict=True):
+        assert got.stride() == like.stride()  # as the fake kernel says
+        torch.testing.assert_close(got, want)
