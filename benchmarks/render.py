@@ -19,6 +19,7 @@ from typing import Any
 import block_report
 import denoiser_table
 import model_report
+import profile_report
 import scan_report
 import size_report
 import training_report
@@ -47,6 +48,7 @@ def line_scan(result: dict[str, Any]) -> str:
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "line_scan-": line_scan,
     "block_kernels-": block_report.render,
+    "profile-": profile_report.render,
     "training-": training_report.render,
     "distillation-": training_report.distillation,
     "models-": models,

@@ -2,7 +2,7 @@
 # The GPU tests and the benchmarks, by parts, from a plain checkout:
 #
 #   bash benchmarks/suite.sh tests sanitize            is the code right on this GPU         6 minutes on an H200
-#   bash benchmarks/suite.sh scan blocks               how fast are the kernels              5
+#   bash benchmarks/suite.sh scan profile blocks       how fast are the kernels              6
 #   bash benchmarks/suite.sh models pictures training  whole models, pictures, training     25
 #   bash benchmarks/suite.sh two-gpus                  on two GPUs                           4
 #   bash benchmarks/suite.sh ablations mixers          models compared, trained here        20 and 25
@@ -63,6 +63,7 @@ for part in "$@"; do
       sanitize racecheck
       wait ;;
     scan) measure line-scan 330 line_scan "$PYTHON" benchmarks/line_scan.py ;;
+    profile) measure profile 150 profile "$PYTHON" benchmarks/profile_scan.py ;;
     tiles)
       measure tiles 180 tiles "$PYTHON" benchmarks/tiles.py
       measure tiles-plane 90 tiles-plane "$PYTHON" benchmarks/tiles.py --kernels plane --seconds 40 ;;

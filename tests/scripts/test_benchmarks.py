@@ -49,6 +49,35 @@ def test_marked_parts_are_written_and_nothing_else(tmp_path):
     assert render.rendered(found, tmp_path) == found
 
 
+def test_counters_are_read_from_what_ncu_prints(tmp_path):
+    """As ncu prints its raw page: names, units, launches, and lines of its own around them."""
+    profile_scan = importlib.import_module("profile_scan")
+    names = ["ID", "Kernel Name", *profile_scan.COUNTERS.values()]
+    launches = []
+    for number, kernel in enumerate(("line_scan_forward_plane_2", "line_scan_backward_plane_2")):
+        values = {name: float(n) for n, name in enumerate(profile_scan.COUNTERS)}
+        values |= {"microseconds": 3_000_000.0, "read": 5e8, "written": 2.5e8, "wait": 99.0}
+        launches.append([str(number), f"{kernel}(Parameters)", *(f"{v:,.2f}" for v in values.values())])
+    rows = [names, ["", "", *["unit"] * len(profile_scan.COUNTERS)], *launches]
+    page = "\n".join(",".join(f'"{cell}"' for cell in row) for row in rows)
+    forward, backward = profile_scan.read_counters(f"==PROF== Connected\n{page}\n==PROF== Disconnected\n")
+    assert forward["kernel"] == "line_scan_forward_plane_2"
+    assert forward["microseconds"] == 3_000_000
+    row = profile_scan.summary((1, 1000, 1000, 1), forward)
+    assert row["ms"] == 3.0
+    assert row["needed_bytes"] == 2 * 10**6 * (1 + 12 + 12)
+    assert profile_scan.summary((1, 1000, 1000, 1), backward)["needed_bytes"] == 2 * 10**6 * (2 + 24 + 24)
+    assert next(iter(row["waits"])) == "wait"
+    facts = {"gpu": "X", "commit": "abcdef0123", "rows": [row]}
+    (tmp_path / "profile-x.json").write_text(json.dumps(facts))
+    text = "<!-- measured: profile-x.json -->\n<!-- end of the measurements -->\n"
+    assert "| 1, 1000, 1000, 1 | forward plane 2 | 3.000 | 15.00x |" in render.rendered(text, tmp_path)
+    with pytest.raises(ValueError, match="printed no counters: none"):
+        profile_scan.read_counters("none")
+    with pytest.raises(ValueError, match=r"does not know .*dram__bytes_read\.sum"):
+        profile_scan.read_counters(page.replace("dram__bytes_read.sum", "other"))
+
+
 def test_models_are_compared_over_several_runs(tmp_path, monkeypatch):
     out = tmp_path / "models.json"
     common = ["--tiny", "--device", "cpu", "--families", "pixart", "--modes", "eager", "--out", out]

@@ -1,0 +1,160 @@
+"""What the line scan's kernels wait for: hardware counters by Nsight Compute, results/profile-<gpu>.json.
+
+    python benchmarks/profile_scan.py                              a minute; ncu comes with the CUDA toolkit
+    python benchmarks/profile_scan.py --shapes 1x256x256x144       other shapes, B x H x W x C
+
+Of one forward and one backward launch of each shape: time, bytes that came from and went to DRAM beside
+those that inputs and outputs have, shares of the peak, and the reasons for which warps did not issue, in cycles
+that a warp waits for each of its instructions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+SHAPES = ["1x64x64x144", "1x256x256x144", "1x1024x1024x144", "16x1024x1024x8", "64x1024x1024x1"]
+STALLS = (
+    *("barrier", "branch_resolve", "dispatch_stall", "drain", "lg_throttle", "long_scoreboard"),
+    *("math_pipe_throttle", "membar", "mio_throttle", "no_instruction", "not_selected", "short_scoreboard"),
+    *("sleeping", "wait"),
+)
+COUNTERS = {
+    "microseconds": "gpu__time_duration.sum",
+    "read": "dram__bytes_read.sum",
+    "written": "dram__bytes_write.sum",
+    "dram": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "l2": "lts__throughput.avg.pct_of_peak_sustained_elapsed",
+    "l1": "l1tex__throughput.avg.pct_of_peak_sustained_active",
+    "issue": "smsp__issue_active.avg.pct_of_peak_sustained_active",
+    "warps": "sm__warps_active.avg.per_cycle_active",
+    **{name: f"smsp__average_warps_issue_stalled_{name}_per_issue_active.ratio" for name in STALLS},
+}
+_KERNELS = r"regex:line_scan_(forward|backward)"
+
+
+def parse_shape(text: str) -> tuple[int, int, int, int]:
+    """``"1x64x64x144"`` as numbers.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not four numbers above 0.
+    """
+    sizes = [int(part) for part in text.split("x") if part.isdecimal()]
+    if len(sizes) != 4 or text.count("x") != 3 or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not B x H x W x C, such as 1x64x64x144")
+    return sizes[0], sizes[1], sizes[2], sizes[3]
+
+
+def needed_bytes(shape: Sequence[int], backward: bool) -> int:
+    """Every input read once and every output written once, in bfloat16 and four directions."""
+    batch, height, width, channels = shape
+    values = 2 * channels + 2 * 4 * 3 + 6 * 4 * channels if backward else channels + 4 * 3 + 3 * 4 * channels
+    return 2 * batch * height * width * values
+
+
+def launch_all(shapes: Iterable[tuple[int, int, int, int]]) -> None:
+    """A forward and a backward launch of each shape; only these are seen by the profiler."""
+    import torch
+    from line_scan import DIRECTIONS, make_inputs
+
+    from gspn2_diffusion.ops import scan_kernels
+
+    options = (DIRECTIONS, 0, True)
+    runtime = torch.cuda.cudart()
+    for shape in shapes:
+        inputs = make_inputs(shape, 1)[0]
+        _, state = scan_kernels.line_scan_forward(*inputs, *options, True)
+        assert state is not None
+        scan_kernels.line_scan_backward(state, *inputs, state, *options)
+        torch.cuda.synchronize()
+        runtime.cudaProfilerStart()
+        scan_kernels.line_scan_forward(*inputs, *options, False)
+        scan_kernels.line_scan_backward(state, *inputs, state, *options)
+        torch.cuda.synchronize()
+        runtime.cudaProfilerStop()
+        del inputs, state
+        torch.cuda.empty_cache()
+
+
+def read_counters(text: str) -> list[dict[str, Any]]:
+    """Launches in ncu's raw page as CSV: a line of names, one of units, then one for each launch.
+
+    Raises:
+        ValueError: there is no such page in the text, or a counter is missing.
+    """
+    lines = text.splitlines()
+    start = next((n for n, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if start is None:
+        raise ValueError(f"ncu printed no counters: {text[-500:]}")
+    page = "\n".join(line for line in lines[start:] if line.startswith('"'))
+    _, *rows = list(csv.DictReader(io.StringIO(page)))
+    missing = sorted(set(COUNTERS.values()) - set(rows[0])) if rows else []
+    if missing:
+        raise ValueError(f"ncu does not know {', '.join(missing)}")
+    return [
+        {"kernel": row["Kernel Name"].split("(")[0]}
+        | {name: float(row[counter].replace(",", "")) for name, counter in COUNTERS.items()}
+        for row in rows
+    ]
+
+
+def summary(shape: Sequence[int], counters: dict[str, Any]) -> dict[str, Any]:
+    """A row of the result."""
+    backward = "backward" in counters["kernel"]
+    stalls = sorted(STALLS, key=lambda name: -counters[name])[:4]
+    return {
+        "shape": list(shape),
+        "kernel": counters["kernel"],
+        "ms": counters["microseconds"] / 1e6,  # ncu's base unit of time is the nanosecond
+        "needed_bytes": needed_bytes(shape, backward),
+        "dram_read_bytes": counters["read"],
+        "dram_written_bytes": counters["written"],
+        "percent_of_peak": {name: round(counters[name], 1) for name in ("dram", "l2", "l1", "issue")},
+        "warps": round(counters["warps"], 1),
+        "waits": {name: round(counters[name], 2) for name in stalls},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", nargs="+", type=parse_shape, default=[parse_shape(s) for s in SHAPES])
+    parser.add_argument("--launch", action="store_true", help="what ncu runs")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--commit", help="commit to record where there is no git history")
+    options = parser.parse_args()
+    if options.launch:
+        launch_all(options.shapes)
+        return
+    if shutil.which("ncu") is None:
+        sys.exit("ncu (Nsight Compute, of the CUDA toolkit) is not on the PATH")
+    texts = ["x".join(map(str, shape)) for shape in options.shapes]
+    command = [
+        *("ncu", "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none"),
+        *("--profile-from-start", "off", "-k", _KERNELS, "--metrics", ",".join(COUNTERS.values())),
+        *(sys.executable, __file__, "--launch", "--shapes", *texts),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"ncu ended with {done.returncode}: {(done.stdout + done.stderr)[-800:]}")
+    launches = read_counters(done.stdout)
+    if len(launches) != 2 * len(options.shapes):
+        sys.exit(f"{len(launches)} launches were seen, not 2 of each of {len(options.shapes)} shapes")
+    rows = [summary(options.shapes[n // 2], launch) for n, launch in enumerate(launches)]
+    for row in rows:
+        print(row, flush=True)
+    from timing import write_result
+
+    print(f"wrote {write_result({'rows': rows}, options.out, 'profile', options.commit)}")
+
+
+if __name__ == "__main__":
+    main()
