@@ -9,8 +9,8 @@ def render(result: dict[str, Any]) -> str:
     """Markdown: where the time of each kernel goes."""
     lines = [
         f"{result['gpu']}, commit {result['commit'][:7]}, by Nsight Compute, which times a launch on its own "
-        "with cold caches. DRAM: bytes that moved over those that are needed. Waits: cycles of a warp for each "
-        "of its instructions, the four longest.",
+        "with cold caches. DRAM: bytes that moved over those that are needed. Waits: cycles of a warp for "
+        "each of its instructions, the four longest.",
         "",
         "| B, H, W, C | kernel | ms | DRAM | of its peak | L2 | L1 | issue slots | warps | waits |",
         "|---|---|---|---|---|---|---|---|---|---|",

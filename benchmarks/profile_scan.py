@@ -4,8 +4,8 @@
     python benchmarks/profile_scan.py --shapes 1x256x256x144       other shapes, B x H x W x C
 
 Of one forward and one backward launch of each shape: time, bytes that came from and went to DRAM beside
-those that inputs and outputs have, shares of the peak, and the reasons for which warps did not issue, in cycles
-that a warp waits for each of its instructions.
+those that inputs and outputs have, shares of the peak, and the reasons for which warps did not issue, in
+cycles that a warp waits for each of its instructions.
 """
 
 from __future__ import annotations
