@@ -28,8 +28,9 @@ def ada_layer_norm(
         x: ``(B, N, C)``.
         shift, scale: ``(B, 1, C)`` or ``(1, 1, C)``, of the dtype of ``x`` or float32.
         eps: added to the variance.
-        backend: "auto", "cupy" or "reference", see :func:`~gspn2_diffusion.line_scan`. Where the kernel does
-            not fit (channels that 4 does not divide or more than 5,120, other dtypes), plain torch computes.
+        backend: "auto", "cupy" or "reference", see :func:`~gspn2_diffusion.line_scan`. "auto" leaves to plain
+            torch what the kernel does not take (channels that 4 does not divide or more than 5,120, other
+            dtypes).
 
     Returns:
         ``(B, N, C)``. Differentiable once in all three.
@@ -43,6 +44,13 @@ def ada_layer_norm(
     autocast = torch.is_autocast_enabled("cuda")
     out_dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype
     if not kernels.fits(x, shift, scale, out_dtype):
+        if backend == "cupy":
+            raise ValueError(
+                f"backend='cupy' needs a multiple of {kernels.VECTORS[0]} channels, at most "
+                f"{kernels.MOST_CHANNELS}, and a result of the dtype of x or bfloat16 of float32; got "
+                f"{x.shape[-1]} channels, x {x.dtype}, shift {shift.dtype}, scale {scale.dtype}, "
+                f"result {out_dtype}"
+            )
         return ada_layer_norm_reference(x, shift, scale, eps)
     if torch.compiler.is_compiling():
         traced: Tensor = kernels.ada_layer_norm(x, shift, scale, eps, out_dtype)[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from ada_layer_norm_cases import NAMES, ground_truth, make_inputs
@@ -9,7 +11,7 @@ from emulate import emulated, needs_compiler
 from scan_cases import BACKWARD_TOLERANCE, FORWARD_TOLERANCE, relative_error
 
 from gspn2_diffusion.ops import ada_layer_norm_kernels as kernels
-from gspn2_diffusion.ops.ada_layer_norm import ada_layer_norm
+from gspn2_diffusion.ops.ada_layer_norm import ada_layer_norm, ada_layer_norm_reference
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -53,6 +55,17 @@ def test_what_the_kernels_take(x, modulation, out, fitting):
     assert kernels.fits(tokens, table, table, out) == fitting
     assert not kernels.fits(tokens[..., :6], table[..., :6], table[..., :6], out)
     assert not kernels.fits(tokens[:, :0], table, table, out)
+
+
+def test_an_explicit_backend_is_never_replaced(monkeypatch):
+    """Where the kernel does not fit, "cupy" says so and "auto" takes plain torch."""
+    monkeypatch.setattr(sys.modules[ada_layer_norm.__module__], "choose_backend", lambda backend, x: "cupy")
+    x, shift, scale, _ = make_inputs((2, 3, 6), FP32)
+    with pytest.raises(ValueError, match=r"backend='cupy' needs a multiple of 4 channels, .* got 6 channels"):
+        ada_layer_norm(x, shift, scale, backend="cupy")
+    torch.testing.assert_close(
+        ada_layer_norm(x, shift, scale), ada_layer_norm_reference(x, shift, scale, 1e-6)
+    )
 
 
 def test_what_begins_between_two_vectors_is_copied():
