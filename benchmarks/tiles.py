@@ -1,4 +1,4 @@
-"""Times every tile that ``ops/plans.py`` can choose, and fits the constants by which it chooses.
+"""Times every tile that ``ops/tile_choice.py`` can choose, and fits the constants by which it chooses.
 
     python benchmarks/tiles.py --seconds 100              # measure; writes results/tiles-<gpu>.json
     python benchmarks/tiles.py --kernels plane            # of the plane kernel: ops/plane_plans.py
@@ -23,7 +23,7 @@ import torch
 from line_scan import CASES, DIRECTIONS, MINIMUM_BYTES, SMALL_CHANNELS, Inputs, make_inputs, relative_error
 from timing import time_graph, write_result
 
-from gspn2_diffusion.ops import cupy_backend, plane_plans, plans, scan_kernels
+from gspn2_diffusion.ops import cupy_backend, plane_plans, plans, scan_kernels, tile_choice
 from gspn2_diffusion.ops.plane_plans import PlaneTile
 from gspn2_diffusion.ops.plans import Plan, Problem, Tile, generic_plan
 
@@ -37,13 +37,13 @@ class Tiled:
 
     tile = Tile
     fields = ("vec", "run", "slice", "cluster", "halo", "stage_lines", "merged", "wide")
-    candidates = staticmethod(plans.tiles)
+    candidates = staticmethod(tile_choice.tiles)
     plan = staticmethod(plans.tiled_plan)
-    choose = staticmethod(plans.choose_tile)
+    choose = staticmethod(tile_choice.choose_tile)
 
     @staticmethod
     def terms(problem: Problem, tile: Tile, plan: Plan, limit: int, processors: int) -> tuple[float, ...]:
-        return plans.cost_terms(problem, plan, limit, processors)
+        return tile_choice.cost_terms(problem, plan, limit, processors)
 
 
 class Plane:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from gspn2_diffusion.ops import cupy_backend
 from gspn2_diffusion.ops.plane_plans import choose_plane_tile, fits_planes, plane_plan
-from gspn2_diffusion.ops.plans import MAX_BOX, Plan, Problem, choose_tile, generic_plan, tiled_plan
+from gspn2_diffusion.ops.plans import MAX_BOX, Plan, Problem, generic_plan, tiled_plan
+from gspn2_diffusion.ops.tile_choice import choose_tile
 
 Strides = tuple[int, ...]
 

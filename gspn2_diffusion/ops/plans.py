@@ -1,4 +1,4 @@
-"""How a scan is spread over threads and blocks: which kernel, which tile, how much shared memory.
+"""How a scan is spread over threads and blocks, and how much shared memory that takes.
 
 Plain arithmetic, without torch or a GPU. The kernels and the fields' meaning: ``cuda/tiled.cuh`` (tiled) and
 ``struct Task`` in ``cuda/common.cuh`` (generic).
@@ -6,10 +6,8 @@ Plain arithmetic, without torch or a GPU. The kernels and the fields' meaning: `
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 COPIER = 32  # threads
 MAX_GRID = 2**31 - 1
@@ -226,7 +224,7 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
     merges = tile.merged or tile.wide
     # The accelerator reads and writes shared memory at multiples of 128 bytes.
     unit = 128 // math.gcd(128, tile.slice * problem.itemsize)
-    if tile.halo % unit or tile.halo % tile.stage_lines or (merges and not _may_merge(problem, tile)):
+    if tile.halo % unit or tile.halo % tile.stage_lines or (merges and not may_merge(problem, tile)):
         return None
     longest = ceil_div(problem.line_lengths[-1], tile.cluster)
     boxes = ceil_div(longest + 2 * max(tile.halo, 1) + unit, MAX_BOX)
@@ -290,7 +288,7 @@ def _may_overhang(problem: Problem, tile: Tile) -> bool:
     return problem.groups == 1 and tile.slice < problem.channels
 
 
-def _may_merge(problem: Problem, tile: Tile) -> bool:
+def may_merge(problem: Problem, tile: Tile) -> bool:
     """Whether rows can be merged: into 128 bytes along a row, into those of a stage across it.
 
     Across, the lines of a stage leave together, so none of them may belong to another chunk.
@@ -316,105 +314,3 @@ def tiled_shared_bytes(problem: Problem, tile: Tile, width: int, boxes: int, con
     border = consumers // 32 * per_warp + 2 if tile.run == 1 else 2 * (consumers // 32 + 2)
     states = 4 * tile.slice * (2 * border + 4 * tile.halo)
     return tile.stages * (stages + 8) + 2 * 8 + weights + states
-
-
-# Which tile: the one with the lowest estimated time. Nanoseconds for one line of one wave of blocks, for each
-# of the terms of `cost_terms`, fitted to tiles of 22 shapes measured on an H200 in bfloat16. Clusters of 3, 5
-# and 7 were measured beside other work where the pass is backward and there are 512 lines or more, which made
-# them slower than they are. benchmarks/tiles.py measures and fits again.
-_COST = {
-    False: (65.0, 217.0, 560.0, 104.0, 157.0, 12.8, 43.0),
-    True: (297.0, 337.0, 895.0, 84.0, 86.3, 28.4, 309.0),
-}
-# Clusters of a size that are active at once, as a share of the multiprocessors: larger ones leave some idle.
-# Those of 3, 5 and 7 were fitted by the choices that they lead to.
-_ACTIVE = {1: 1.0, 2: 0.5, 3: 0.28, 4: 0.235, 5: 0.17, 7: 0.1, 8: 0.107, 16: 0.054}
-_POWERS = (1, 2, 4, 8, 16)
-# Backward, clusters of 3 take longer than estimated where their blocks are wide: (1, 512, 512, 144) 1.7 to
-# 1.9 ms where clusters of 2, estimated to be slower, take 1.45. Up to 88 positions they were the fastest.
-_MOST_OF_THREE = 128
-
-
-_CHUNKS = (1, 2, 4, 8, 6)  # of 16 bytes in a row; those of 48 bytes straddle the sectors of memory
-_SHORT_ROW = 4  # below so many chunks the accelerator copies a row no faster than one of 64 bytes
-
-
-def tiles(problem: Problem, clusters: Sequence[int] = (1, 2, 3, 4, 5, 7, 8, 16)) -> Iterator[Tile]:
-    """Every tile choice worth trying; :func:`tiled_plan` sorts out those that fit.
-
-    Where only short rows divide the channels, as with 280, also longer ones of which the last overhangs; it
-    takes the accelerator, which comes with clusters.
-    """
-    chunk = 16 // problem.itemsize
-    exact = [size for size in _CHUNKS if problem.per_group % (size * chunk) == 0]
-    overhang = len(clusters) > 1 and 0 < max(exact, default=0) < _SHORT_ROW
-    for size, (vec, run), cluster in itertools.product(_CHUNKS if overhang else exact, RUNS, clusters):
-        for stage_lines, halo in itertools.product((1, 2, 4), (0,) if cluster == 1 else (2, 4, 8)):
-            tile = Tile(vec * 2 // problem.itemsize, run, size * chunk, cluster, halo, stage_lines)
-            merged, wide = replace(tile, merged=True), replace(tile, merged=True, wide=True)
-            may = size < _SHORT_ROW and len(clusters) > 1
-            yield merged if may and _may_merge(problem, merged) else tile
-            if may and _may_merge(problem, wide):
-                yield wide
-
-
-def cost_terms(problem: Problem, plan: Plan, shared_limit: int, processors: int) -> tuple[float, ...]:
-    """What the time of a tiled launch is made of, each times its lines and waves of blocks.
-
-    1. the dependent instructions of a line, 2. what a stage costs beside its lines, 3. the barrier of a
-    cluster, 4. what a cluster costs at every line; and times the blocks on a multiprocessor: 5. the
-    elements of a line in thousands, 6. its rows in hundreds, of which the accelerator copies one of less
-    than 64 bytes no faster, 7. warps whose threads have several positions.
-    """
-    tile = plan.tile
-    assert tile is not None
-    registers = 128 if tile.vec * tile.run >= 12 else 80
-    blocks = min(
-        (shared_limit + 1024) // (plan.shared_bytes + 1024),
-        2048 // plan.threads,
-        65536 // (registers * plan.threads),
-    )
-    blocks = max(1, blocks)
-    # Clusters of 3, 5 and 7 were not seen to share multiprocessors with others.
-    active = max(1, int(_ACTIVE[tile.cluster] * processors)) * (blocks if tile.cluster in _POWERS else 1)
-    times = ceil_div(plan.grid // tile.cluster, active) * problem.chunk_lines
-    together = times * min(blocks, ceil_div(plan.grid, processors))
-    width = max(plan.widths)
-    extended = width + 2 * tile.halo
-    row = tile.slice * problem.itemsize
-    rows = 2 * extended + (6 if problem.backward else 2) * width
-    short = max(1.0, 64 / row)
-    if tile.merged:  # half of the scans are over rows, half over columns
-        short = (row / 128 + max(1.0, 64 / (row * tile.stage_lines)) / tile.stage_lines) / 2
-    return (
-        times,
-        times / tile.stage_lines,
-        times / tile.halo if tile.halo else 0.0,
-        times if tile.halo else 0.0,
-        together * extended * tile.slice / 1000,
-        together * rows / 100 * short,
-        together * (plan.threads - tile.helpers) / 32 if tile.run > 1 else 0.0,
-    )
-
-
-def estimate(problem: Problem, plan: Plan, shared_limit: int, processors: int) -> float:
-    """Estimated nanoseconds of a tiled launch; infinite for one that is known to be poor."""
-    assert plan.tile is not None
-    if problem.backward and plan.tile.cluster == 3 and max(plan.widths) > _MOST_OF_THREE:
-        return math.inf
-    if plan.tile.wide:
-        return math.inf  # not measured yet
-    if plan.tile.merged and plan.tile.cluster not in _POWERS:
-        return math.inf  # (16, 1024, 1024, 8): clusters of 5 and 7 took 2.4 ms, those of 8 2.1
-    terms = cost_terms(problem, plan, shared_limit, processors)
-    return sum(c * t for c, t in zip(_COST[problem.backward], terms, strict=True))
-
-
-def choose_tile(problem: Problem, clusters: Sequence[int], shared_limit: int, processors: int) -> Tile | None:
-    """The tile with the lowest :func:`estimate`, or None where no tiled kernel fits."""
-    best, best_time = None, math.inf
-    for tile in tiles(problem, clusters):
-        plan = tiled_plan(problem, tile, True, shared_limit)
-        if plan is not None and (time := estimate(problem, plan, shared_limit, processors)) < best_time:
-            best, best_time = tile, time
-    return best

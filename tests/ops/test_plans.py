@@ -7,16 +7,8 @@ import math
 
 import pytest
 
-from gspn2_diffusion.ops.plans import (
-    MAX_BOX,
-    Problem,
-    Tile,
-    choose_tile,
-    estimate,
-    generic_plan,
-    tiled_plan,
-    tiles,
-)
+from gspn2_diffusion.ops.plans import MAX_BOX, Problem, Tile, generic_plan, tiled_plan
+from gspn2_diffusion.ops.tile_choice import choose_tile, estimate, tiles
 
 LIMIT, PROCESSORS, CLUSTERS = 227 * 1024, 132, (1, 2, 3, 4, 5, 7, 8, 16)
 PROBLEM = Problem(2, 96, 160, 96, 1, (0, 1, 2, 3), 0, 2, False)
