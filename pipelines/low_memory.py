@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -70,28 +71,35 @@ def balanced_scans(transformer: Any, height: int, width: int) -> Iterator[None]:
         height, width: latents of the picture.
     """
     native = transformer.config.sample_size
-    vertical, horizontal = native / height, native / width
-    shares = {"down": vertical, "up": vertical, "right": horizontal, "left": horizontal}
-    scaled: list[tuple[nn.Module, Callable[..., Any]]] = []
-    factors: dict[Any, torch.Tensor] = {}  # layers are alike: one copy to the device, not one for each
-    if (vertical, horizontal) != (1, 1):
-        for module in transformer.modules():
-            if isinstance(module, GSPN2Mixer) and module.chunk_size is None:
-                kind = (module.directions, module.proxy_dim)
-                if kind not in factors:
-                    one = torch.tensor([shares[direction] for direction in module.directions])
-                    wide = one.repeat_interleave(module.proxy_dim)
-                    factors[kind] = wide.to(transformer.device, transformer.dtype)
-                scaled.append((module.to_out, _scaled(module.to_out.forward, factors[kind])))
-    with _replaced(scaled):
+    shares = (native / height, native / width)
+    modules = transformer.modules() if shares != (1, 1) else ()
+    mixers = [module for module in modules if isinstance(module, GSPN2Mixer) and module.chunk_size is None]
+    before = [mixer.direction_scale for mixer in mixers]
+    # Weights may be stored in 8 bits, which would round the factors, and be nowhere while they are offloaded.
+    dtype = transformer.dtype if transformer.dtype.itemsize > 1 else torch.float32
+    device = torch.device("cpu") if transformer.device.type == "meta" else transformer.device
+    for mixer in mixers:
+        mixer.direction_scale = _direction_scale(mixer.directions, mixer.proxy_dim, *shares, device, dtype)
+    try:
         yield
+    finally:
+        for mixer, earlier in zip(mixers, before, strict=True):
+            mixer.direction_scale = earlier
 
 
-def _scaled(forward: Callable[[torch.Tensor], torch.Tensor], factors: torch.Tensor) -> Callable[..., Any]:
-    def run(x: torch.Tensor) -> torch.Tensor:
-        return forward(x * factors.to(x.device, x.dtype))
-
-    return run
+@functools.lru_cache(maxsize=64)  # graphs of calls know the tensors by their addresses
+def _direction_scale(
+    directions: tuple[str, ...],
+    channels: int,
+    vertical: float,
+    horizontal: float,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The factor of each direction, for each of its channels."""
+    shares = [vertical if direction in ("down", "up") else horizontal for direction in directions]
+    with torch.inference_mode(False):  # it is kept, also for calls with gradients
+        return torch.tensor(shares).repeat_interleave(channels).to(device, dtype)
 
 
 def one_by_one(function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:

@@ -62,6 +62,10 @@ class GSPN2Mixer(nn.Module):
         bias: give the three projections a bias. Without it lam, u and weight start from zero-mean values.
         backend: "auto", "cupy" or "reference", see :func:`~gspn2_diffusion.line_scan`. May be set later.
 
+    Attributes:
+        direction_scale: ``(D * P,)`` factors of the directions' results before the output projection, or None
+            for none; what balances scans at other sizes than that of training sets it for a while.
+
     Raises:
         ValueError: an argument out of range.
     """
@@ -85,6 +89,7 @@ class GSPN2Mixer(nn.Module):
         self.chunk_size = chunk_size
         self.directions = tuple(directions)
         self.backend = check_scan_backend(backend)
+        self.direction_scale: torch.Tensor | None = None
 
         self.to_proxy = nn.Linear(dim, proxy_dim, bias=bias)
         self.to_scan = nn.Linear(proxy_dim, self.scan_dim, bias=bias)
@@ -131,7 +136,14 @@ class GSPN2Mixer(nn.Module):
             chunk_size=self.chunk_size,
             backend=self.backend,
         )  # (B, H, W, D, P)
-        return self.to_out(y.flatten(3).flatten(1, 2))  # (B, H*W, dim)
+        return self.merge(y.flatten(3).flatten(1, 2))  # (B, H*W, dim)
+
+    def merge(self, y: torch.Tensor) -> torch.Tensor:
+        """The directions' results ``(..., D*P)`` to ``(..., dim)``."""
+        if self.direction_scale is not None:
+            y = y * self.direction_scale.to(y.device, y.dtype)
+        merged: torch.Tensor = self.to_out(y)
+        return merged
 
     def _split_scan(
         self, scan: torch.Tensor, height: int, width: int

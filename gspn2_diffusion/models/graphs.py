@@ -50,6 +50,10 @@ class CudaCapture:
         return graph.replay, result
 
 
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 class GraphReplay:
     """In the place of a denoiser's ``forward``: the same results, replayed from a graph where possible.
 
@@ -129,7 +133,7 @@ class GraphReplay:
         shapes = tuple((name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in tensors.items())
         weights = hash(tuple(parameter.data_ptr() for parameter in self._model.parameters()))
         scans = tuple(
-            (module.backend, module.chunk_size)
+            (module.backend, module.chunk_size, _address(module.direction_scale))
             for module in self._model.modules()
             if isinstance(module, GSPN2Mixer)
         )

@@ -172,7 +172,7 @@ def _mix(mixer: GSPN2Mixer, group: Any, hidden_states: torch.Tensor, height: int
     )  # (B, H, W, D, P / n)
     back = _exchange(y.transpose(0, 1), parts, [height] * size, group)  # (n * h, B, W, D, P / n)
     back = back.unflatten(0, (size, height)).permute(2, 1, 3, 4, 0, 5)  # (B, h, W, D, n, P / n)
-    return mixer.to_out(back.reshape(batch, height * width, -1))
+    return mixer.merge(back.reshape(batch, height * width, -1))
 
 
 @functools.lru_cache(maxsize=64)  # layers are alike

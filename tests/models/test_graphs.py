@@ -12,6 +12,7 @@ from tiny_denoiser import make_inputs, make_model
 from torch import Tensor
 
 from gspn2_diffusion.models.graphs import GraphReplay, disable_graphs, enable_graphs
+from gspn2_diffusion.pipelines.low_memory import balanced_scans
 
 
 class Rerun:
@@ -58,6 +59,19 @@ def test_second_call_is_captured_and_others_follow_their_inputs(model: Any) -> N
     assert capture.replayed == 3
     disable_graphs(model)
     assert "forward" not in model.__dict__
+
+
+@torch.no_grad()
+def test_scans_in_balance_have_graphs_of_their_own(model: Any) -> None:
+    plain, capture = copy.deepcopy(model), graphed(model)
+    inputs = make_inputs(8, 6)
+    for sizes, captured in (((16, 12), 1), ((8, 8), 2), ((16, 12), 2)):
+        for _ in range(3):
+            with balanced_scans(model, *sizes), balanced_scans(plain, *sizes):
+                torch.testing.assert_close(model(**inputs).sample, plain(**inputs).sample)
+        assert capture.captured == captured
+    assert capture.replayed == 2 + 2 + 3  # a first call runs as ever, the second is captured
+    torch.testing.assert_close(model(**inputs).sample, plain(**inputs).sample)  # unbalanced again
 
 
 @torch.no_grad()

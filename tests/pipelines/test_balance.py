@@ -68,3 +68,15 @@ def test_layers_are_as_before_after_a_failing_call(pipes):
 def test_the_embedded_model_asks_for_it():
     index = Path(resolve_model("gspn2-emoji"), "model_index.json")
     assert json.loads(index.read_text())["balance_scans"] is True
+
+
+def test_weights_that_are_offloaded_or_in_8_bits_are_balanced_in_full():
+    """Sequential offload leaves parameters without memory, layerwise casting stores them in fewer bits."""
+    model = tiny_models.tiny_transformer(sample_size=4)
+    for changed in (model.to("meta"), tiny_models.tiny_transformer(sample_size=4).to(torch.float8_e4m3fn)):
+        with balanced_scans(changed, 4, 6):
+            scales = [block.mixer.direction_scale for block in changed.transformer_blocks]
+        for scale in scales:
+            assert scale.device.type == "cpu"
+            torch.testing.assert_close(scale.unique(), torch.tensor([4 / 6, 1.0]))
+        assert all(block.mixer.direction_scale is None for block in changed.transformer_blocks)

@@ -50,6 +50,35 @@ def test_compiled_blocks_see_what_large_pictures_change() -> None:
     torch.compiler.reset()
 
 
+@torch.no_grad()
+def test_scans_in_balance_compile_once() -> None:
+    """Every drawing at another size begins and ends a balance of its own."""
+    model = tiny_models.tiny_transformer(num_layers=2, sample_size=2).eval()
+    plain, graphs = copy.deepcopy(model), []
+
+    def compiler(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    model.compile_repeated_blocks(fullgraph=True, backend=compiler)
+    arguments = {
+        "hidden_states": torch.randn(1, 4, 4, 4),
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": torch.randn(1, 5, tiny_models.TEXT_CHANNELS),
+        "pooled_projections": torch.randn(1, plain.config.pooled_projection_dim),
+    }
+    results = []
+    for size in (4, 6, 4, 8):
+        with balanced_scans(model, size, size), balanced_scans(plain, size, size):
+            found, wanted = (each(**arguments).sample for each in (model, plain))
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+        results.append(found)
+    assert not torch.allclose(results[0], results[1], atol=1e-5)
+    assert len(graphs) == 1
+    torch.compiler.reset()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile_blocks", [False, True])
 def test_the_same_pictures_on_a_gpu(compile_blocks: bool) -> None:
