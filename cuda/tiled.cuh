@@ -79,7 +79,8 @@ template <int CLUSTER> __device__ __forceinline__ Tile make_tile(const Tiling& t
   k.own = max(0, min(k.width, k.positions - k.start));
   k.halo = (int)t.halo;
   k.extended = k.width + 2 * k.halo;
-  const bool merged = WIDE || (RUN == 1 && t.merged);  // more positions a thread leave no registers for it
+  // More positions a thread leave no registers for it; the copies of older GPUs go line by line.
+  const bool merged = ACCELERATOR && (WIDE || (RUN == 1 && t.merged));
   k.across = merged && !vertical;
   k.together = merged && vertical ? 128 / ((int)t.slice * (int)sizeof(scalar_t)) : 1;
   return k;
