@@ -3,6 +3,7 @@
 #
 #   bash benchmarks/suite.sh tests sanitize            is the code right on this GPU         6 minutes on an H200
 #   bash benchmarks/suite.sh scan profile blocks       how fast are the kernels              6
+#   bash benchmarks/suite.sh tiles own                 every tile; our own denoiser alone    6
 #   bash benchmarks/suite.sh models pictures training  whole models, pictures, training     25
 #   bash benchmarks/suite.sh two-gpus                  on two GPUs                           4
 #   bash benchmarks/suite.sh ablations mixers          models compared, trained here        20 and 25
@@ -11,7 +12,7 @@
 # also holds what the studies trained: cut off, they go on where they were. COMMIT is recorded where there is no git
 # history. The studies need DATA (data/emoji, made by scripts/prepare_emoji.py). Exits with 1 if anything failed.
 set -u
-[ $# -gt 0 ] || { sed -n '3,13s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '3,14s/^# \{0,1\}//p' "$0"; exit 2; }
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 PYTHON=${PYTHON:-python3} OUT=${OUT:-benchmarks/results} LOGS=${LOGS:-runs/suite} DATA=${DATA:-data/emoji}

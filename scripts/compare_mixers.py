@@ -96,6 +96,8 @@ def train(given: argparse.Namespace, passed: Sequence[str]) -> Path:
     from gspn2_diffusion.evaluation.comparison import count_parameters, read_run, variants
     from gspn2_diffusion.evaluation.report import write_json
 
+    if given.at_once < 1:
+        raise ValueError(f"--at_once is {given.at_once}; allowed: 1 or more")
     base = {k: v for k, v in json.loads(given.base.read_text()).items() if not k.startswith("_")}
     configs = variants(given.study, base, more=bool(given.variants))
     if given.variants:
@@ -113,6 +115,8 @@ def train(given: argparse.Namespace, passed: Sequence[str]) -> Path:
     scores = judge_all(given, work, finished) if given.evaluate and finished else {}
     alone = time_alone({name: configs[name] for name in finished}) if given.at_once > 1 else {}
     settings = {"steps": given.steps, "batch": given.batch, "seed": given.seed, "other": list(passed)}
+    if given.at_once > 1:  # steps are timed in another way, so those of one file are all timed so
+        settings["at_once"] = given.at_once
     target = given.results / f"{given.study}.json"
     facts: dict[str, Any] = {
         "study": given.study,
@@ -188,10 +192,17 @@ def time_alone(configs: dict[str, Any]) -> dict[str, dict[str, float | None]]:
     return {name: {**shared, "step_milliseconds_alone": measured.get(name)} for name in configs}
 
 
+def record_of(command: list[str]) -> str:
+    """The command, and what the settings say that it reads from files."""
+    files = [Path(text) for text in command if text.endswith((".json", ".yaml"))]
+    read = {str(file): file.read_text(encoding="utf-8") for file in files if file.is_file()}
+    return json.dumps({"command": command, "files": read})
+
+
 def is_made(folder: Path, command: list[str]) -> bool:
-    """Whether this very command filled the folder and ended well."""
+    """Whether this very command, with these settings, filled the folder and ended well."""
     record = folder / RECORD
-    return record.is_file() and json.loads(record.read_text()) == command
+    return record.is_file() and record.read_text(encoding="utf-8") == record_of(command)
 
 
 def run_all(
@@ -235,18 +246,16 @@ def run_all(
 def _run_one(name: str, command: list[str], folder: Path, device: int | None) -> int:
     environment, log = dict(os.environ), folder / "log.txt"
     folder.mkdir(parents=True, exist_ok=True)
-    for old in (
-        folder / "metrics.jsonl",
-        *folder.rglob(RECORD),
-    ):  # of an earlier try, and what was judged of it
-        old.unlink(missing_ok=True)
+    old = [folder / "metrics.jsonl", *folder.rglob(RECORD)]  # of an earlier try, and of what was judged of it
+    for file in old:
+        file.unlink(missing_ok=True)
     if device is not None:
         environment["CUDA_VISIBLE_DEVICES"] = str(device)
     print(f"{name}: started on {'the CPU' if device is None else f'GPU {device}'}", flush=True)
     with log.open("a", encoding="utf-8") as stream:
         status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment).returncode
     if status == 0:
-        (folder / RECORD).write_text(json.dumps(command))
+        (folder / RECORD).write_text(record_of(command), encoding="utf-8")
     ending = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-3:])
     print(f"{name}: exit {status}\n{ending}", flush=True)
     return status

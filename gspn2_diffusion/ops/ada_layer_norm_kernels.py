@@ -21,7 +21,7 @@ RUNS = (2, 5)  # vectors of a row that a thread has at most
 MOST_CHANNELS = WARPS * 32 * RUNS[-1] * VECTORS[0]
 _MOST_REPEATED = 8
 _FULL = 32  # warps of a multiprocessor that hide the memory's latency
-_MOST_ROWS = 2**31
+_MOST_ROWS = 2**31  # the kernels divide in 32 bits
 
 
 def fits(x: Tensor, shift: Tensor, scale: Tensor, out_dtype: torch.dtype) -> bool:

@@ -230,19 +230,18 @@ def tensor_maps(
             (True, (height, s_h), (width, s_w), plan.widths[1]),
         ):
             count = own + (2 * tile.halo if kind == HALO else 2 if kind == AROUND else 0)
-            row, at_once, many = tile.slice, 1 if kind == STORE else tile.stage_lines, channels
-            boxes = plan.boxes
+            row, many, at_once, boxes = (
+                tile.slice,
+                channels,
+                1 if kind == STORE else tile.stage_lines,
+                plan.boxes,
+            )
             if tile.merged and across:  # all lines of a stage in a row
-                row, at_once, many, lines = row * tile.stage_lines, 1, many * lines, 1
+                row, many, at_once, lines = row * tile.stage_lines, many * lines, 1, 1
             elif tile.merged and kind != AROUND:  # rows of 128 bytes
-                together = 128 // (row * setting.dtype.itemsize)
-                row, many, positions, s_p = (
-                    row * together,
-                    many * together,
-                    positions // together,
-                    s_p * together,
-                )
-                count, boxes = -(-count // together), 1
+                n = 128 // (row * setting.dtype.itemsize)
+                row, many, positions, s_p = row * n, many * n, positions // n, s_p * n
+                count, boxes = -(-count // n), 1
             sizes = (many, positions, lines, len(setting.directions) if s_d else 1, batch)
             strides = [
                 s if n > 1 else 16 for s, n in zip((s_p, s_l, *(s_d or [0]), s_b), sizes[1:], strict=True)

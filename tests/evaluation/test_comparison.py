@@ -283,3 +283,18 @@ def test_what_was_made_before_is_not_made_again(module, tmp_path, capfd):
     assert run(a=0) == {"a": 0}
     assert run(b=0) == {"b": 0}
     assert (tmp_path / "b" / "log.txt").read_text().split() == ["b", "b", "b"]
+
+
+def test_other_settings_under_the_same_name_are_another_run(module, tmp_path):
+    """The command names files; what they say counts."""
+    architecture, log = tmp_path / "transformer.json", tmp_path / "a" / "log.txt"
+    command = [sys.executable, "-c", "print('ran')", str(architecture)]
+    for text, runs in (("{}", 1), ("{}", 1), ('{"proxy_dim": 8}', 2)):
+        architecture.write_text(text)
+        module.run_all({"a": command}, {"a": tmp_path / "a"})
+        assert log.read_text().count("ran") == runs
+
+
+def test_a_study_needs_at_least_one_variant_at_once(module):
+    with pytest.raises(SystemExit, match="compare_mixers: --at_once is 0; allowed: 1 or more"):
+        module.main(["train", "--at_once", "0"])
