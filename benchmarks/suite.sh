@@ -6,13 +6,14 @@
 #   bash benchmarks/suite.sh tiles own                 every tile; our own denoiser alone    6
 #   bash benchmarks/suite.sh models pictures training  whole models, pictures, training     25
 #   bash benchmarks/suite.sh two-gpus                  on two GPUs                           4
+#   bash benchmarks/suite.sh fsdp2-on-one              two processes of FSDP2 on one GPU      2
 #   bash benchmarks/suite.sh ablations mixers          models compared, trained here        20 and 25
 #
 # Results go to OUT (benchmarks/results), where rows that are not measured again stay; logs to LOGS (runs/suite), which
 # also holds what the studies trained: cut off, they go on where they were. COMMIT is recorded where there is no git
 # history. The studies need DATA (data/emoji, made by scripts/prepare_emoji.py). Exits with 1 if anything failed.
 set -u
-[ $# -gt 0 ] || { sed -n '3,14s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '3,15s/^# \{0,1\}//p' "$0"; exit 2; }
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 PYTHON=${PYTHON:-python3} OUT=${OUT:-benchmarks/results} LOGS=${LOGS:-runs/suite} DATA=${DATA:-data/emoji}
@@ -92,6 +93,13 @@ for part in "$@"; do
       train capped-one --capped
       measure training-fsdp2 120 training "$PYTHON" -m accelerate.commands.launch \
         --config_file configs/accelerate/fsdp2.yaml benchmarks/training.py --capped ;;
+    fsdp2-on-one)
+      train capped-one --capped
+      export -f on_two
+      export PYTHON
+      ACCELERATE_USE_FSDP=true FSDP_VERSION=2 FSDP_RESHARD_AFTER_FORWARD=true FSDP_OFFLOAD_PARAMS=false \
+        GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} \
+        measure training-fsdp2 120 training bash -c 'on_two "$@"' - benchmarks/training.py --capped --share_gpu ;;
     ablations) study ablations 400 50 4 ${VARIANTS:+--variants "$VARIANTS"} ;;
     mixers) study mixers 1500 100 1 ${VARIANTS:+--variants "$VARIANTS"} ;;
     *) echo "no part $part; without arguments all are listed" >&2; exit 2 ;;

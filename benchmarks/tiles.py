@@ -167,6 +167,7 @@ def main() -> None:
     parser.add_argument("--kernels", choices=tuple(FAMILIES), default="tiled")
     parser.add_argument("--passes", choices=("forward", "backward"), help="only one of them")
     parser.add_argument("--channels", type=int, help="only shapes with so many")
+    parser.add_argument("--lines", type=int, default=0, help="only shapes with at least so many")
     parser.add_argument("--fit", type=Path, nargs="+", help="results of this program, instead of measuring")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--commit", default=None, help="commit to record where there is no git history")
@@ -188,6 +189,7 @@ def main() -> None:
         plane = options.kernels == "plane"
         passes = [kind == "backward" for kind in ("forward", "backward") if options.passes in (None, kind)]
         shapes = [s for s in (PLANES if plane else SHAPES) if options.channels in (None, s[3])]
+        shapes = [s for s in shapes if max(s[1:3]) >= options.lines]
         todo = list(itertools.product(shapes, passes))
         for shape, backward in todo:
             rows = measure(family, shape, backward, options.seconds / len(todo))

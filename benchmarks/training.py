@@ -14,6 +14,9 @@ On two, where the first line gives the speed of one:
         --mixers gspn2 --compile no
     accelerate launch --config_file configs/accelerate/fsdp2.yaml benchmarks/training.py --capped
 
+With ``--share_gpu`` both processes use one GPU, 9 GiB of it each, and talk through gloo, which tells what
+fits but not how long it takes (`suite.sh fsdp2-on-one`; accelerate's launcher wants a GPU for each process).
+
 Every cell is the trainer's own step (autocast, loss, backward pass, clipping, fused AdamW, averaging) on
 batches that the trainer's own feed reads from a cache on the disk; only the cached rows are random numbers.
 GSPN-2 and the same model with softmax attention alternate, so both meet the same machine; they are compared
@@ -189,6 +192,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=None, help="pictures per GPU in every cell")
     parser.add_argument("--memory_gib", type=float, default=None, help="cap of the GPU's memory")
     parser.add_argument("--capped", action="store_true", help="one 0.6B cell in 9 GiB: for FSDP2")
+    parser.add_argument("--share_gpu", action="store_true", help="all processes on one GPU, over gloo")
     parser.add_argument("--tiny", action="store_true", help="a tiny model at small sizes, for a CPU")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     parser.add_argument("--commit", default=None, help="commit to record where there is no git history")
@@ -211,6 +215,7 @@ def report(run: Run, options: argparse.Namespace, rows: list[dict[str, Any]], se
     """Add the rows to the file, say what follows from it."""
     head = start(options.commit, tiny=options.tiny)
     settings = {"processes": run.world, "fsdp2": run.fsdp, "memory_cap_gib": options.memory_gib}
+    settings |= {"shared_gpu": options.share_gpu}
     path = options.out or RESULTS / f"training-{device_name(run.device.type)}.json"
     merged = merge(path, head, [{**row, **settings} for row in rows], KEY)
     found = summary(merged)
@@ -229,6 +234,8 @@ def main(argv: list[str] | None = None) -> None:
         config = DenoiserConfig(
             output_dir=folder, max_train_steps=1, pretrained="-", trackers="none", mixed_precision=precision
         )
+        if options.share_gpu:  # NCCL wants a GPU for every process
+            torch.distributed.init_process_group("gloo")
         run = start_run(config, started)
         if options.memory_gib is not None:
             cap_memory(options.memory_gib)

@@ -72,6 +72,7 @@ def capped(rows: list[Row]) -> list[Row]:
                 {
                     **{name: row[name] for name in place},
                     "processes": row["processes"],
+                    "shared_gpu": row.get("shared_gpu", False),
                     "alone": alone.get("error", "trains"),
                     "fsdp2": row.get("error", "trains"),
                     "memory_gib": row.get("memory_gib"),
@@ -150,10 +151,10 @@ def _capped_table(rows: list[Row]) -> list[str]:
     for row in found:
         used = f", {row['memory_gib']:.1f} GiB" if row["memory_gib"] is not None else ""
         alone, split = (text.split(":")[0] for text in (row["alone"], row["fsdp2"]))
-        lines.append(
-            f"| {_place(row)} | {row['memory_cap_gib']:g} GiB | {alone} | "
-            f"{split}{used} on {row['processes']} GPUs |"
-        )
+        where = f"on {row['processes']} GPUs"
+        if row["shared_gpu"]:
+            where = f"in each of {row['processes']} processes, on one GPU"
+        lines.append(f"| {_place(row)} | {row['memory_cap_gib']:g} GiB | {alone} | {split}{used} {where} |")
     return lines
 
 

@@ -126,10 +126,13 @@ template <int CLUSTER> __device__ __forceinline__ void line_scan(const Parameter
   const Plane<1> u(a.u + k.batch * a.u_b + k.slot * a.u_d, a.u_h, a.u_w, k);
   const Plane<3> raw(a.weight + k.batch * a.w_b + k.slot * a.w_d, a.w_h, a.w_w, k);
   const auto fetch = [&](int stage) {
-    m.fetch(x, X, stage, k, vertical);
-    m.fetch(lam, LAM, stage, k, vertical);
-    if (a.u) m.fetch(u, U, stage, k, vertical);
-    m.fetch(raw, RAW, stage, k, vertical);
+    if (vertical) {
+      m.fetch_rows(x, X, stage, k), m.fetch_rows(lam, LAM, stage, k), m.fetch_rows(raw, RAW, stage, k);
+      if (a.u) m.fetch_rows(u, U, stage, k);
+    } else {
+      m.fetch_columns(x, X, stage, k), m.fetch_columns(lam, LAM, stage, k), m.fetch_columns(raw, RAW, stage, k);
+      if (a.u) m.fetch_columns(u, U, stage, k);
+    }
     commit_copies_async();
   };
   const Plane<1> y(a.y + k.batch * a.y_b + k.slot * a.y_d, a.y_h, a.y_w, k);
@@ -137,18 +140,13 @@ template <int CLUSTER> __device__ __forceinline__ void line_scan(const Parameter
 
 #pragma unroll
   for (int r = 0; r < RUN; ++r) scan.h[r] = 0.0f;
-  fetch(0);
-  const int stages = (k.total + COLUMNS - 1) / COLUMNS;
-#pragma unroll 1
-  for (int stage = 0; stage < stages; ++stage) {
-    fetch(stage + 1);
-    wait_copies_async<1>();
+  go_through_stages(k.total, vertical, fetch, [&](int stage) {
     if (vertical) scan.rows(stage, out, y.line);
     else if (k.direction == RIGHT) scan.columns<false>(stage, out + stage * COLUMNS * y.line, y.position);
     else scan.columns<true>(stage, out + stage * COLUMNS * y.line, y.position);
-  }
+  });
 }
 
 #define KERNEL line_scan_forward_plane
-#define KERNEL_THREADS 288  // as shared memory allows
+#define KERNEL_THREADS 192  // as shared memory allows
 #include "entries.cuh"
