@@ -89,15 +89,15 @@ struct Scan {
         value[r] = r < RUN - 1 ? fmaf(w[r < RUN - 1 ? r + 1 : 0][0], g[r < RUN - 1 ? r + 1 : 0], value[r])
                                : value[r] + right;
       }
-      if (border.there) {
-        const float sent = border.receive(step - 1);
-        if (k.leads) value[0] += sent;
-        else value[RUN - 1] += sent;
-      }
+    }
+    weigh(w, raw, k, a.tiling.normalize);  // while the neighbours' arrives
+    if (step > 0 && border.there) {
+      const float sent = border.receive(step - 1);
+      if (k.leads) value[0] += sent;
+      else value[RUN - 1] += sent;
     }
 #pragma unroll
     for (int r = 0; r < RUN; ++r) g[r] = value[r];
-    weigh(w, raw, k, a.tiling.normalize);
     const bool more = step + 1 < k.total;
     if (border.there && more) border.send(k.leads ? w[0][0] * g[0] : w[RUN - 1][2] * g[RUN - 1], step);
     const Before b = look(next, beside);
