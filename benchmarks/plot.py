@@ -9,6 +9,7 @@ from xml.sax.saxutils import escape
 
 COLOURS = ("#2471a3", "#c0392b", "#d68910", "#7f8c8d")
 _WIDTH, _HEIGHT, _LEFT, _TOP = 300, 240, 56, 34
+_ROW = 3  # panels side by side, that a page as wide as a README's shows them large enough to be read
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,15 @@ class Panel:
 
 
 def svg(panels: Sequence[Panel]) -> str:
-    """The panels side by side."""
-    width = max(1, len(panels)) * (_WIDTH + _LEFT) + 20
-    drawn = "\n".join(_panel(index, panel) for index, panel in enumerate(panels))
+    """The panels, three in a row."""
+    width, height = min(max(1, len(panels)), _ROW) * (_WIDTH + _LEFT) + 20, _HEIGHT + _TOP + 60
+    drawn = "\n".join(
+        f'<g transform="translate(0 {index // _ROW * height})">{_panel(index % _ROW, panel)}</g>'
+        for index, panel in enumerate(panels)
+    )
+    height *= max(1, -(-len(panels) // _ROW))
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {_HEIGHT + _TOP + 60}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>\n'
         + drawn
         + "\n</svg>\n"
@@ -54,7 +59,7 @@ def _panel(index: int, panel: Panel) -> str:
     for exponent in range(low, high + 1):
         y = place(2 ** min(xs), 10.0**exponent)[1]
         parts.append(f'<line x1="{left}" x2="{left + _WIDTH - 20}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{10.0**exponent:g}</text>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{_power(exponent)}</text>')
     for size in _ticks(sorted({point[0] for point in everything})):
         x = place(size, 10.0**low)[0]
         parts.append(
@@ -80,6 +85,10 @@ def _ticks(values: list[float]) -> list[float]:
         if not chosen or math.log2(value) - math.log2(chosen[-1]) >= apart:
             chosen.append(value)
     return chosen
+
+
+def _power(exponent: int) -> str:
+    return f"{10**exponent:,}" if exponent >= 0 else f"{10.0**exponent:g}"
 
 
 def _short(value: float) -> str:

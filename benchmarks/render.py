@@ -4,7 +4,8 @@
     python benchmarks/render.py --check   exit with 1 where a document is not what it would be written to
 
 A document names a file between two comments: ``<!-- measured: benchmarks/results/NAME.json -->`` and
-``<!-- end of the measurements -->``. The name's beginning says what kind of table it is.
+``<!-- end of the measurements -->``. The name's beginning says what kind of table it is. The plots beside the
+result files are drawn from them, too.
 """
 
 from __future__ import annotations
@@ -25,24 +26,31 @@ import size_report
 import training_report
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 MISSING = "Not measured yet."
 MARKED = re.compile(r"(<!-- measured: (\S+) -->\n)(.*?)(<!-- end of the measurements -->)", re.DOTALL)
 
 
+PLOTS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "line_scan-": scan_report.svg,
+    "models-": model_report.svg,
+}
+
+
+def _plot_name(prefix: str, result: dict[str, Any]) -> str:
+    return f"{prefix}{result['gpu'].replace(' ', '-').lower()}.svg"
+
+
 def models(result: dict[str, Any]) -> str:
-    """The table and the plot that ``models.py`` drew beside its result."""
-    name = f"models-{result['gpu'].replace(' ', '-').lower()}"
-    plot = f"![time by size](../benchmarks/results/{name}.svg)"
-    shown = [plot, ""] if (ROOT / "benchmarks" / "results" / f"{name}.svg").is_file() else []
-    return "\n".join([*shown, model_report.render(result)])
+    """The plot beside the result, and the table."""
+    plot = f"![time by size](../benchmarks/results/{_plot_name('models-', result)})"
+    return f"{plot}\n\n{model_report.render(result)}"
 
 
 def line_scan(result: dict[str, Any]) -> str:
-    """The plots that ``line_scan.py`` drew beside its result, and the tables."""
-    name = f"line_scan-{result['gpu'].replace(' ', '-').lower()}.svg"
-    drawn = (ROOT / "benchmarks" / "results" / name).is_file()
-    plot = f"![time by size and share of the copy bandwidth](results/{name})\n\n" if drawn else ""
-    return plot + scan_report.render(result)
+    """The plots beside the result, and the tables."""
+    plot = f"![time by size and share of the copy bandwidth](results/{_plot_name('line_scan-', result)})"
+    return f"{plot}\n\n{scan_report.render(result)}"
 
 
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -75,22 +83,32 @@ def rendered(text: str, root: Path = ROOT) -> str:
     return MARKED.sub(replace, text)
 
 
+def plots(folder: Path = RESULTS) -> dict[Path, str]:
+    """The plots of a folder's result files, by where they lie."""
+    return {
+        path.with_suffix(".svg"): draw(json.loads(path.read_text(encoding="utf-8")))
+        for prefix, draw in PLOTS.items()
+        for path in sorted(folder.glob(f"{prefix}*.json"))
+    }
+
+
 def main(argv: list[str]) -> int:
-    """Write or check every document; the number of those that were not up to date when checking."""
-    stale = 0
-    for path in [*sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]:
-        text = path.read_text(encoding="utf-8")
-        fresh = rendered(text)
-        if fresh == text:
-            continue
-        print(f"{path.relative_to(ROOT)}: {'not up to date' if '--check' in argv else 'written'}")
-        if "--check" in argv:
-            stale += 1
-            continue
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(fresh, encoding="utf-8")
-        temporary.replace(path)
-    return min(stale, 1)
+    """Write or check every document and plot; 1 if any was not up to date when checking."""
+    documents = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+    wanted = {path: rendered(path.read_text(encoding="utf-8")) for path in documents} | plots()
+    check = "--check" in argv
+    stale = {
+        path: fresh
+        for path, fresh in wanted.items()
+        if not path.is_file() or path.read_text(encoding="utf-8") != fresh
+    }
+    for path, fresh in stale.items():
+        print(f"{path.relative_to(ROOT)}: {'not up to date' if check else 'written'}")
+        if not check:
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(fresh, encoding="utf-8")
+            temporary.replace(path)
+    return int(check and bool(stale))
 
 
 if __name__ == "__main__":
