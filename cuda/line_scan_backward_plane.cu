@@ -89,15 +89,15 @@ struct Scan {
         value[r] = r < RUN - 1 ? fmaf(w[r < RUN - 1 ? r + 1 : 0][0], g[r < RUN - 1 ? r + 1 : 0], value[r])
                                : value[r] + right;
       }
-    }
-    weigh(w, raw, k, a.tiling.normalize);  // while the neighbours' arrives
-    if (step > 0 && border.there) {
-      const float sent = border.receive(step - 1);
-      if (k.leads) value[0] += sent;
-      else value[RUN - 1] += sent;
+      if (border.there) {
+        const float sent = border.receive(step - 1);
+        if (k.leads) value[0] += sent;
+        else value[RUN - 1] += sent;
+      }
     }
 #pragma unroll
     for (int r = 0; r < RUN; ++r) g[r] = value[r];
+    weigh(w, raw, k, a.tiling.normalize);
     const bool more = step + 1 < k.total;
     if (border.there && more) border.send(k.leads ? w[0][0] * g[0] : w[RUN - 1][2] * g[RUN - 1], step);
     const Before b = look(next, beside);
@@ -183,9 +183,7 @@ template <bool REVERSED> __device__ __forceinline__ void scan_columns(Scan& scan
       float h_next[RUN];
 #pragma unroll
       for (int r = 0; r < RUN; ++r)
-        h_next[r] = inside          ? at(m.of_column(stage, r, H), after)
-                    : stage % 2 == 0 ? at(m.of_column(stage + 1, r, H), REVERSED ? COLUMNS - 1 : 0)
-                                     : at(next + 4 * r, REVERSED ? WORD - 1 : 0);
+        h_next[r] = inside ? at(m.of_column(stage, r, H), after) : at(next + 4 * r, REVERSED ? WORD - 1 : 0);
       const int place = inside ? after : 16 / (int)sizeof(scalar_t) + (REVERSED ? WORD - 1 : 0);
       const float beside = beside_warp(scan, stage, place);
       Fours<1> dy_at, u_at, x_at, lam_at, h_at;
@@ -204,22 +202,6 @@ template <bool REVERSED> __device__ __forceinline__ void scan_columns(Scan& scan
       }
     }
   }
-  const int64 of_stage = (int64)stage * COLUMNS;
-  if (to.dweight) {  // neighbouring lanes write what lies side by side
-    __syncwarp();
-    scalar_t* const corner = to.dweight + of_stage * to.dweight_line - k.lane * RUN * to.dweight_position;
-#pragma unroll 1
-    for (int n = 0; n < 3; ++n) {
-      const int piece = n * 32 + k.lane, owner = piece / 3, part = piece % 3;
-      if (k.start + owner * RUN >= k.positions) continue;
-#pragma unroll
-      for (int r = 0; r < RUN; ++r) {
-        Words<16> words;
-        load_words(words, m.of_column(stage, r, RAW + part, owner));
-        store_words(words, corner + (owner * RUN + r) * to.dweight_position + COLUMNS * part);
-      }
-    }
-  }
   if (k.first >= k.positions) return;
   const auto leave = [&](scalar_t* p, int r, int vector) {
     Words<16> words;
@@ -228,14 +210,18 @@ template <bool REVERSED> __device__ __forceinline__ void scan_columns(Scan& scan
   };
 #pragma unroll
   for (int r = 0; r < RUN; ++r) {
+    const int64 of_stage = (int64)stage * COLUMNS;
     if (to.dlam) leave(to.dlam + of_stage * to.line + r * to.position, r, X);
     if (to.dx) leave(to.dx + of_stage * to.dx_line + r * to.dx_position, r, LAM);
     if (to.du) leave(to.du + of_stage * to.line + r * to.position, r, DY);
+    if (to.dweight)
+#pragma unroll
+      for (int n = 0; n < 3; ++n)
+        leave(to.dweight + of_stage * to.dweight_line + r * to.dweight_position + COLUMNS * n, r, RAW + n);
   }
 }
 
-// Copies h of the line after a stage, and at every line of it the one after, beside the warp's positions. Over columns,
-// an even stage finds the line after it among those of the next, which were copied with it.
+// Copies h of the line after a stage, and at every line of it the one after, beside the warp's positions.
 __device__ __forceinline__ void fetch_states(const Room& m, const Plane<1>& h, int stage, const Tile& k,
                                              bool vertical) {
   char *const to = m.extra(stage) + NEXT + k.lane * 16, *const edge = m.extra(stage) + BESIDE + k.trails * 32;
@@ -252,10 +238,9 @@ __device__ __forceinline__ void fetch_states(const Room& m, const Plane<1>& h, i
                       beside && first + j + 1 < k.total ? 4 : 0);
     return;
   }
-  if (stage % 2 == 1)
 #pragma unroll
-    for (int r = 0; r < RUN; ++r)
-      copy_async<4>(shared_address(to + 4 * r), h.from + after * h.line + r * h.position + word, there ? 4 : 0);
+  for (int r = 0; r < RUN; ++r)
+    copy_async<4>(shared_address(to + 4 * r), h.from + after * h.line + r * h.position + word, there ? 4 : 0);
   if (k.leads || k.trails) {
     const scalar_t* const from = h.from + (k.leads ? -h.position : RUN * h.position);
     copy_async<16>(shared_address(edge), from + first * h.line, beside && first < k.total ? 16 : 0);
@@ -286,16 +271,12 @@ template <int CLUSTER> __device__ __forceinline__ void line_scan(const Parameter
   const Plane<1> dx(a.dx + (k.slot * t.batch + k.batch) * picture, t.width, 1, k, true);
   const Plane<3> dweight(a.dweight + k.batch * a.g_b + k.slot * a.g_d, a.g_h, a.g_w, k, true);
   const auto fetch = [&](int stage) {
-    if (vertical) {
-      m.fetch_rows(dy, DY, stage, k), m.fetch_rows(x, X, stage, k), m.fetch_rows(lam, LAM, stage, k);
-      m.fetch_rows(h, H, stage, k), m.fetch_rows(raw, RAW, stage, k);
-      if (a.u) m.fetch_rows(u, U, stage, k);
-    } else {
-      m.fetch_columns(dy, DY, stage, k), m.fetch_columns(x, X, stage, k), m.fetch_columns(lam, LAM, stage, k);
-      m.fetch_columns(h, H, stage, k), m.fetch_columns(raw, RAW, stage, k);
-      if (a.u) m.fetch_columns(u, U, stage, k);
-      fetch_states(m, h, stage + 1, k, vertical);
-    }
+    m.fetch(dy, DY, stage, k, vertical);
+    if (a.u) m.fetch(u, U, stage, k, vertical);
+    m.fetch(x, X, stage, k, vertical);
+    m.fetch(lam, LAM, stage, k, vertical);
+    m.fetch(h, H, stage, k, vertical);
+    m.fetch(raw, RAW, stage, k, vertical);
     fetch_states(m, h, stage, k, vertical);
     commit_copies_async();
   };
@@ -307,13 +288,18 @@ template <int CLUSTER> __device__ __forceinline__ void line_scan(const Parameter
 
 #pragma unroll
   for (int r = 0; r < RUN; ++r) scan.g[r] = scan.w[r][0] = scan.w[r][1] = scan.w[r][2] = 0.0f;
-  go_through_stages(k.total, vertical, fetch, [&](int stage) {
+  fetch(0);
+  const int stages = (k.total + COLUMNS - 1) / COLUMNS;
+#pragma unroll 1
+  for (int stage = 0; stage < stages; ++stage) {
+    fetch(stage + 1);
+    wait_copies_async<1>();
     if (vertical) scan_rows(scan, to, stage);
     else if (h.line > 0) scan_columns<false>(scan, to, stage);
     else scan_columns<true>(scan, to, stage);
-  });
+  }
 }
 
 #define KERNEL line_scan_backward_plane
-#define KERNEL_THREADS 128  // as shared memory allows
+#define KERNEL_THREADS 192  // as shared memory allows
 #include "entries.cuh"

@@ -22,27 +22,26 @@ struct Scan {
   Border border;
   float h[RUN];
 
-  // The weights of four lines at once: what depends on one line before the other should wait for nothing else.
-  float w[4][RUN][3];
-
-  // h of the next line, with the weights in w[at].
-  __device__ __forceinline__ void advance(const Fours<1>& x, const Fours<1>& lam, int at, int step) {
+  // h of the next line.
+  __device__ __forceinline__ void advance(const Fours<1>& x, const Fours<1>& lam, const Fours<3>& raw, int step) {
     float next[RUN];
 #pragma unroll
     for (int r = 0; r < RUN; ++r) next[r] = lam.value[r][0] * x.value[r][0];
     if (step > 0) {  // the weights of the first line, whatever they are, are not used
+      float w[RUN][3];
+      weigh(w, raw, k, a.tiling.normalize);
       const float before = shuffle_up(h[RUN - 1], 1), after = shuffle_down(h[0], 1);
       const float left = k.leads ? 0.0f : before, right = k.trails ? 0.0f : after;
 #pragma unroll
       for (int r = 0; r < RUN; ++r) {
-        next[r] = fmaf(w[at][r][1], h[r], next[r]);
-        next[r] = fmaf(w[at][r][0], r > 0 ? h[r - 1] : left, next[r]);
-        next[r] = fmaf(w[at][r][2], r < RUN - 1 ? h[r + 1] : right, next[r]);
+        next[r] = fmaf(w[r][1], h[r], next[r]);
+        next[r] = fmaf(w[r][0], r > 0 ? h[r - 1] : left, next[r]);
+        next[r] = fmaf(w[r][2], r < RUN - 1 ? h[r + 1] : right, next[r]);
       }
       if (border.there) {
         const float beside = border.receive(step - 1);
-        if (k.leads) next[0] = fmaf(w[at][0][0], beside, next[0]);
-        else next[RUN - 1] = fmaf(w[at][RUN - 1][2], beside, next[RUN - 1]);
+        if (k.leads) next[0] = fmaf(w[0][0], beside, next[0]);
+        else next[RUN - 1] = fmaf(w[RUN - 1][2], beside, next[RUN - 1]);
       }
     }
 #pragma unroll
@@ -52,28 +51,21 @@ struct Scan {
 
   // Rows of a stage.
   __device__ __forceinline__ void rows(int stage, int64 out, int64 line) {
-#pragma unroll 1
-    for (int q = 0; q < COLUMNS; q += 4) {
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        Fours<3> raw;
-        raw.load_row(m, stage, q + n, RAW);
-        weigh(w[n], raw, k, a.tiling.normalize);
-      }
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const int step = stage * COLUMNS + q + n;
-        if (step >= k.total) return;
-        Fours<1> x, lam, u;
-        x.load_row(m, stage, q + n, X), lam.load_row(m, stage, q + n, LAM);
-        advance(x, lam, n, step);
-        if (k.first >= k.positions) continue;
+#pragma unroll 2
+    for (int j = 0; j < COLUMNS; ++j) {
+      const int step = stage * COLUMNS + j;
+      if (step >= k.total) break;
+      Fours<1> x, lam, u;
+      Fours<3> raw;
+      x.load_row(m, stage, j, X), lam.load_row(m, stage, j, LAM), raw.load_row(m, stage, j, RAW);
+      advance(x, lam, raw, step);
+      if (k.first < k.positions) {
         if (a.state) store(a.state + out + step * line, h);
         float value[VEC];
 #pragma unroll
         for (int r = 0; r < RUN; ++r) value[r] = h[r];
         if (a.u) {
-          u.load_row(m, stage, q + n, U);
+          u.load_row(m, stage, j, U);
 #pragma unroll
           for (int r = 0; r < RUN; ++r) value[r] *= u.value[r][0];
         }
@@ -90,21 +82,16 @@ struct Scan {
       const int quarter = REVERSED ? COLUMNS / 4 - 1 - q : q;
       Columns<1> x, lam, u;
       Columns<3> raw;
-      raw.load_quarter(m, stage, quarter, RAW);
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        Fours<3> raw_at;
-        raw.get(raw_at, REVERSED ? 3 - n : n);
-        weigh(w[n], raw_at, k, a.tiling.normalize);
-      }
       x.load_quarter(m, stage, quarter, X), lam.load_quarter(m, stage, quarter, LAM);
+      raw.load_quarter(m, stage, quarter, RAW);
       if (a.u) u.load_quarter(m, stage, quarter, U);
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         const int column = REVERSED ? 3 - n : n;
         Fours<1> x_at, lam_at, u_at;
-        x.get(x_at, column), lam.get(lam_at, column);
-        advance(x_at, lam_at, n, stage * COLUMNS + q * 4 + n);
+        Fours<3> raw_at;
+        x.get(x_at, column), lam.get(lam_at, column), raw.get(raw_at, column);
+        advance(x_at, lam_at, raw_at, stage * COLUMNS + q * 4 + n);
         if (a.u) u.get(u_at, column);
 #pragma unroll
         for (int r = 0; r < RUN; ++r) {
@@ -139,13 +126,10 @@ template <int CLUSTER> __device__ __forceinline__ void line_scan(const Parameter
   const Plane<1> u(a.u + k.batch * a.u_b + k.slot * a.u_d, a.u_h, a.u_w, k);
   const Plane<3> raw(a.weight + k.batch * a.w_b + k.slot * a.w_d, a.w_h, a.w_w, k);
   const auto fetch = [&](int stage) {
-    if (vertical) {
-      m.fetch_rows(x, X, stage, k), m.fetch_rows(lam, LAM, stage, k), m.fetch_rows(raw, RAW, stage, k);
-      if (a.u) m.fetch_rows(u, U, stage, k);
-    } else {
-      m.fetch_columns(x, X, stage, k), m.fetch_columns(lam, LAM, stage, k), m.fetch_columns(raw, RAW, stage, k);
-      if (a.u) m.fetch_columns(u, U, stage, k);
-    }
+    m.fetch(x, X, stage, k, vertical);
+    m.fetch(lam, LAM, stage, k, vertical);
+    if (a.u) m.fetch(u, U, stage, k, vertical);
+    m.fetch(raw, RAW, stage, k, vertical);
     commit_copies_async();
   };
   const Plane<1> y(a.y + k.batch * a.y_b + k.slot * a.y_d, a.y_h, a.y_w, k);
@@ -153,13 +137,18 @@ template <int CLUSTER> __device__ __forceinline__ void line_scan(const Parameter
 
 #pragma unroll
   for (int r = 0; r < RUN; ++r) scan.h[r] = 0.0f;
-  go_through_stages(k.total, vertical, fetch, [&](int stage) {
+  fetch(0);
+  const int stages = (k.total + COLUMNS - 1) / COLUMNS;
+#pragma unroll 1
+  for (int stage = 0; stage < stages; ++stage) {
+    fetch(stage + 1);
+    wait_copies_async<1>();
     if (vertical) scan.rows(stage, out, y.line);
     else if (k.direction == RIGHT) scan.columns<false>(stage, out + stage * COLUMNS * y.line, y.position);
     else scan.columns<true>(stage, out + stage * COLUMNS * y.line, y.position);
-  });
+  }
 }
 
 #define KERNEL line_scan_forward_plane
-#define KERNEL_THREADS 192  // as shared memory allows
+#define KERNEL_THREADS 288  // as shared memory allows
 #include "entries.cuh"

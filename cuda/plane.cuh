@@ -3,18 +3,17 @@
 // With one channel there is nothing to share between lanes: a lane copies, weighs and scans four positions by itself,
 // and only states pass between lanes, by shuffles, and between warps. A warp leaves the states at the ends of its
 // positions in shared memory, in another block of the cluster where the line is cut there, and tells so by a barrier
-// that the receiver alone waits for: nothing else synchronises beyond a warp. A stage is as many lines as a vector of 16
-// bytes of a row has columns. Neighbouring lanes copy what lies side by side, for whichever lane it is: a multiprocessor
-// moves a piece of a row in about 3 cycles, whether it has 16 bytes or 96. A scan over rows copies the stage after next;
-// a scan over columns copies two stages at once, which are whole sectors of memory, while the one before them is worked
-// on. Rows are multiples of a vector of 16 bytes, columns multiples of four.
+// that the receiver alone waits for: nothing else synchronises. A stage is as many lines as a vector of 16 bytes of a
+// row has columns. A scan over rows copies four positions of every line; a scan over columns copies such a vector of
+// every position, so that both read whole pieces of rows. Rows are multiples of such a vector, columns multiples of
+// four.
 // Preamble: VEC = RUN = 4.
 #pragma once
 #include "weights.cuh"
 
 #define COLUMNS (16 / (int)sizeof(scalar_t))
 #define FOUR_BYTES (4 * (int)sizeof(scalar_t))
-#define PLANE_STAGES 3
+#define PLANE_STAGES 2
 
 struct Tiling {
   int64 batch, height, width, channels, groups, directions, packed_directions, chunk_size, chunks;
@@ -72,78 +71,43 @@ template <int VECTORS, int EXTRA = 0> struct PlaneMemory {
     borders = reinterpret_cast<float*>(base + t.warps * (PLANE_STAGES * (stage_bytes + EXTRA)));
     barriers = reinterpret_cast<char*>(borders + t.warps * 16);
   }
-  // Four positions of a line of a stage, or a third of three coefficients of each.
-  __device__ __forceinline__ char* of_row(int stage, int j, int vector, int lane) const {
+  // Four positions of a line of a stage, or a quarter of three coefficients of each.
+  __device__ __forceinline__ char* of_row(int stage, int j, int vector) const {
     return ring + stage % PLANE_STAGES * stage_bytes + ((j * VECTORS + vector) * 32 + lane) * FOUR_BYTES;
   }
-  __device__ __forceinline__ char* of_row(int stage, int j, int vector) const {
-    return of_row(stage, j, vector, lane);
-  }
   // The columns of a stage of one position.
-  __device__ __forceinline__ char* of_column(int stage, int r, int vector, int lane) const {
-    return ring + stage % PLANE_STAGES * stage_bytes + ((r * VECTORS + vector) * 32 + lane) * 16;
-  }
   __device__ __forceinline__ char* of_column(int stage, int r, int vector) const {
-    return of_column(stage, r, vector, lane);
+    return ring + stage % PLANE_STAGES * stage_bytes + ((r * VECTORS + vector) * 32 + lane) * 16;
   }
   __device__ __forceinline__ char* extra(int stage) const {
     return ring + PLANE_STAGES * stage_bytes + stage % PLANE_STAGES * EXTRA;
   }
-  // Copies a stage of a tensor whose vectors start at `vector`, of a scan over rows.
+  // Copies a stage of a tensor whose vectors start at `vector`.
   template <int COUNT>
-  __device__ __forceinline__ void fetch_rows(const Plane<COUNT>& p, int vector, int stage, const Tile& k) const {
-#pragma unroll 1
-    for (int n = 0; n < COUNT; ++n) {
-      const int piece = n * 32 + lane, owner = piece / COUNT;
-      const bool inside = k.start + owner * RUN < k.positions;
-      const scalar_t* from = p.from + 4 * (piece - COUNT * lane) + stage * COLUMNS * p.line;
-      const unsigned to = shared_address(of_row(stage, 0, vector + piece % COUNT, owner));
+  __device__ __forceinline__ void fetch(const Plane<COUNT>& p, int vector, int stage, const Tile& k,
+                                        bool vertical) const {
+    if (vertical) {
 #pragma unroll
-      for (int j = 0; j < COLUMNS; ++j, from += p.line)
-        copy_async<FOUR_BYTES>(to + j * VECTORS * 32 * FOUR_BYTES, from,
-                               inside && stage * COLUMNS + j < k.total ? FOUR_BYTES : 0);
-    }
-  }
-  // Two stages from an even one on, of a scan over columns. Lanes go over the pieces of one position, then to the
-  // position of the next lane, which keeps the banks of shared memory apart.
-  template <int COUNT>
-  __device__ __forceinline__ void fetch_columns(const Plane<COUNT>& p, int vector, int stage, const Tile& k) const {
-    const bool reversed = p.line < 0;
-    const scalar_t* const corner = p.from + (stage + (reversed ? 1 : 0)) * COLUMNS * p.line - lane * RUN * p.position;
-#pragma unroll 1
-    for (int n = 0; n < 2 * COUNT; ++n) {
-      const int piece = n * 32 + lane, owner = piece / (2 * COUNT), part = piece % (2 * COUNT), half = part / COUNT;
-      const int to_stage = stage + (reversed ? 1 - half : half);
-      const bool there = to_stage * COLUMNS < k.total && k.start + owner * RUN < k.positions;
-      const scalar_t* from = corner + owner * RUN * p.position + COLUMNS * part;
-      const unsigned to = shared_address(of_column(to_stage, 0, vector + part % COUNT, owner));
+      for (int j = 0; j < COLUMNS; ++j) {
+        const int step = stage * COLUMNS + j;
+        const bool there = step < k.total && k.first < k.positions;
 #pragma unroll
-      for (int r = 0; r < RUN; ++r, from += p.position)
-        copy_async<16>(to + r * VECTORS * 32 * 16, from, there ? 16 : 0);
+        for (int n = 0; n < COUNT; ++n)
+          copy_async<FOUR_BYTES>(shared_address(of_row(stage, j, vector + n)), p.from + step * p.line + 4 * n,
+                                 there ? FOUR_BYTES : 0);
+      }
+    } else {
+      const bool there = stage * COLUMNS < k.total && k.first < k.positions;
+#pragma unroll
+      for (int r = 0; r < RUN; ++r) {
+#pragma unroll
+        for (int n = 0; n < COUNT; ++n)
+          copy_async<16>(shared_address(of_column(stage, r, vector + n)),
+                         p.from + stage * COLUMNS * p.line + r * p.position + COLUMNS * n, there ? 16 : 0);
+      }
     }
   }
 };
-
-// Calls copy(stage) and work(stage) in turn, so that the copies of a stage have landed when it is worked on.
-template <typename COPY, typename WORK>
-__device__ __forceinline__ void go_through_stages(int total, bool vertical, COPY copy, WORK work) {
-  const int stages = (total + COLUMNS - 1) / COLUMNS;
-  copy(0);
-  if (vertical) copy(1);
-#pragma unroll 1
-  for (int stage = 0; stage < stages; ++stage) {
-    if (vertical) {
-      copy(stage + 2);
-      wait_copies_async<2>();
-    } else {
-      if (stage % 2 == 1) copy(stage + 1);
-      else wait_copies_async<0>();
-    }
-    __syncwarp();  // other lanes' copies have landed, too
-    work(stage);
-    __syncwarp();  // the next ones go where this stage was
-  }
-}
 
 // What a warp leaves to its neighbours and gets from them at every line. Its first lane deals with the neighbour on the
 // left, its last with the one on the right; the others have none. Two buffers are enough: a neighbour that is two lines

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from gspn2_diffusion.ops.plans import Plan, Problem, ceil_div, check_grid
 
 RUN = 4  # positions of a lane, elements of its vectors
-STAGES = 3  # as in cuda/plane.cuh
+STAGES = 2  # as in cuda/plane.cuh
 SPAN = 32 * RUN  # positions of a warp
-MAX_WARPS = {False: 6, True: 4}  # of a block, by whether backward: KERNEL_THREADS of the kernels
+MAX_WARPS = {False: 9, True: 6}  # of a block, by whether backward: KERNEL_THREADS of the kernels
 FEW_WARPS = 4  # of a block; two blocks of more do not fit a multiprocessor of an H200
 CLUSTERS = (1, 2, 4, 8)
 
