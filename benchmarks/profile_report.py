@@ -12,8 +12,8 @@ def render(result: dict[str, Any]) -> str:
         "with cold caches. DRAM: bytes that moved over those that are needed. Waits: cycles of a warp for "
         "each of its instructions, the four longest.",
         "",
-        "| B, H, W, C | kernel | ms | DRAM | of its peak | L2 | L1 | issue slots | warps | waits |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| B, H, W, C | scans | kernel | ms | DRAM | of its peak | L2 | L1 | issue slots | warps | waits |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         moved = (row["dram_read_bytes"] + row["dram_written_bytes"]) / row["needed_bytes"]
@@ -21,6 +21,7 @@ def render(result: dict[str, Any]) -> str:
         waits = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in row["waits"].items())
         cells = [
             ", ".join(map(str, row["shape"])),
+            row["scans"],
             row["kernel"].removeprefix("line_scan_").replace("_", " "),
         ]
         cells += [f"{row['ms']:.3f}", f"{moved:.2f}x", *shares, f"{row['warps']:.0f}", waits]

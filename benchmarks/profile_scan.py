@@ -1,9 +1,10 @@
 """What the line scan's kernels wait for: hardware counters by Nsight Compute, results/profile-<gpu>.json.
 
-    python benchmarks/profile_scan.py                              a minute; ncu comes with the CUDA toolkit
+    python benchmarks/profile_scan.py                              2 minutes; ncu comes with the CUDA toolkit
     python benchmarks/profile_scan.py --shapes 1x256x256x144       other shapes, B x H x W x C
 
-Of one forward and one backward launch of each shape: time, bytes that came from and went to DRAM beside
+Of one forward and one backward launch of each shape, in all directions, then of the scans over rows and of
+those over columns alone: time, bytes that came from and went to DRAM beside
 those that inputs and outputs have, shares of the peak, and the reasons for which warps did not issue, in
 cycles that a warp waits for each of its instructions.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import itertools
 import shutil
 import subprocess
 import sys
@@ -22,7 +24,8 @@ from typing import Any
 
 SHAPES = ["1x64x64x144", "1x256x256x144", "1x1024x1024x144", "16x1024x1024x8", "64x1024x1024x1"]
 STALLS = (
-    *("barrier", "branch_resolve", "dispatch_stall", "drain", "lg_throttle", "long_scoreboard"),
+    *("barrier", "branch_resolve", "branch_resolving", "dispatch_stall", "drain", "lg_throttle"),
+    *("long_scoreboard",),
     *("math_pipe_throttle", "membar", "mio_throttle", "no_instruction", "not_selected", "short_scoreboard"),
     *("sleeping", "wait"),
 )
@@ -37,6 +40,8 @@ COUNTERS = {
     "warps": "sm__warps_active.avg.per_cycle_active",
     **{name: f"smsp__average_warps_issue_stalled_{name}_per_issue_active.ratio" for name in STALLS},
 }
+SCANS = {"all": (0, 1, 2, 3), "rows": (0, 1), "columns": (2, 3)}  # directions: down, up, right, left
+_WAITS = {COUNTERS[name] for name in STALLS}  # some have other names in some versions of ncu
 _KERNELS = r"regex:line_scan_(forward|backward)"
 
 
@@ -52,24 +57,27 @@ def parse_shape(text: str) -> tuple[int, int, int, int]:
     return sizes[0], sizes[1], sizes[2], sizes[3]
 
 
-def needed_bytes(shape: Sequence[int], backward: bool) -> int:
-    """Every input read once and every output written once, in bfloat16 and four directions."""
+def needed_bytes(shape: Sequence[int], backward: bool, scans: str) -> int:
+    """Every input read once and every output written once, in bfloat16."""
     batch, height, width, channels = shape
-    values = 2 * channels + 2 * 4 * 3 + 6 * 4 * channels if backward else channels + 4 * 3 + 3 * 4 * channels
+    d = len(SCANS[scans])
+    values = 2 * channels + 2 * d * 3 + 6 * d * channels if backward else channels + d * 3 + 3 * d * channels
     return 2 * batch * height * width * values
 
 
 def launch_all(shapes: Iterable[tuple[int, int, int, int]]) -> None:
-    """A forward and a backward launch of each shape; only these are seen by the profiler."""
+    """A forward and a backward launch of each shape and SCANS; only these are seen by the profiler."""
     import torch
-    from line_scan import DIRECTIONS, make_inputs
+    from line_scan import make_inputs
 
     from gspn2_diffusion.ops import scan_kernels
 
-    options = (DIRECTIONS, 0, True)
     runtime = torch.cuda.cudart()
-    for shape in shapes:
-        inputs = make_inputs(shape, 1)[0]
+    for shape, scans in itertools.product(shapes, SCANS.values()):
+        x, *others = make_inputs(shape, 1)[0]
+        weight, lam, u = (tensor[:, :, :, scans[0] : scans[-1] + 1] for tensor in others)
+        inputs = (x, weight, lam, u)
+        options = (scans, 0, True)
         _, state = scan_kernels.line_scan_forward(*inputs, *options, True)
         assert state is not None
         scan_kernels.line_scan_backward(state, *inputs, state, *options)
@@ -79,7 +87,7 @@ def launch_all(shapes: Iterable[tuple[int, int, int, int]]) -> None:
         scan_kernels.line_scan_backward(state, *inputs, state, *options)
         torch.cuda.synchronize()
         runtime.cudaProfilerStop()
-        del inputs, state
+        del inputs, state, x, weight, lam, u, others
         torch.cuda.empty_cache()
 
 
@@ -95,25 +103,27 @@ def read_counters(text: str) -> list[dict[str, Any]]:
         raise ValueError(f"ncu printed no counters: {text[-500:]}")
     page = "\n".join(line for line in lines[start:] if line.startswith('"'))
     _, *rows = list(csv.DictReader(io.StringIO(page)))
-    missing = sorted(set(COUNTERS.values()) - set(rows[0])) if rows else []
-    if missing:
+    known = set(rows[0]) if rows else set()
+    missing = sorted(counter for name, counter in COUNTERS.items() if counter not in known | _WAITS)
+    if rows and missing:
         raise ValueError(f"ncu does not know {', '.join(missing)}")
     return [
         {"kernel": row["Kernel Name"].split("(")[0]}
-        | {name: float(row[counter].replace(",", "")) for name, counter in COUNTERS.items()}
+        | {name: float(row.get(counter, "0").replace(",", "")) for name, counter in COUNTERS.items()}
         for row in rows
     ]
 
 
-def summary(shape: Sequence[int], counters: dict[str, Any]) -> dict[str, Any]:
+def summary(shape: Sequence[int], scans: str, counters: dict[str, Any]) -> dict[str, Any]:
     """A row of the result."""
     backward = "backward" in counters["kernel"]
     stalls = sorted(STALLS, key=lambda name: -counters[name])[:4]
     return {
         "shape": list(shape),
+        "scans": scans,
         "kernel": counters["kernel"],
         "ms": counters["microseconds"] / 1e6,  # ncu's base unit of time is the nanosecond
-        "needed_bytes": needed_bytes(shape, backward),
+        "needed_bytes": needed_bytes(shape, backward, scans),
         "dram_read_bytes": counters["read"],
         "dram_written_bytes": counters["written"],
         "percent_of_peak": {name: round(counters[name], 1) for name in ("dram", "l2", "l1", "issue")},
@@ -146,9 +156,10 @@ def main() -> None:
     if done.returncode:
         sys.exit(f"ncu ended with {done.returncode}: {(done.stdout + done.stderr)[-800:]}")
     launches = read_counters(done.stdout)
-    if len(launches) != 2 * len(options.shapes):
-        sys.exit(f"{len(launches)} launches were seen, not 2 of each of {len(options.shapes)} shapes")
-    rows = [summary(options.shapes[n // 2], launch) for n, launch in enumerate(launches)]
+    made = list(itertools.product(options.shapes, SCANS, ("forward", "backward")))
+    if len(launches) != len(made):
+        sys.exit(f"{len(launches)} launches were seen instead of {len(made)}")
+    rows = [summary(shape, scans, launch) for (shape, scans, _), launch in zip(made, launches, strict=True)]
     for row in rows:
         print(row, flush=True)
     from timing import write_result

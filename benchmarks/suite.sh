@@ -41,7 +41,7 @@ measure() {
 }
 on_two() { $PYTHON -m torch.distributed.run --nproc-per-node 2 "$@"; }
 sanitize() {
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$1" 200 compute-sanitizer --tool "$1" --error-exitcode 1 \
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$1" 300 compute-sanitizer --tool "$1" --error-exitcode 1 \
     "$PYTHON" scripts/sanitize_kernels.py
 }
 models() { measure "models-$1" 240 models "$PYTHON" benchmarks/models.py --families "$@" --time-limit 180; }
@@ -65,7 +65,7 @@ for part in "$@"; do
       sanitize racecheck
       wait ;;
     scan) measure line-scan 330 line_scan "$PYTHON" benchmarks/line_scan.py ;;
-    profile) measure profile 150 profile "$PYTHON" benchmarks/profile_scan.py ;;
+    profile) measure profile 240 profile "$PYTHON" benchmarks/profile_scan.py ;;
     tiles)
       measure tiles 180 tiles "$PYTHON" benchmarks/tiles.py
       measure tiles-plane 90 tiles-plane "$PYTHON" benchmarks/tiles.py --kernels plane --seconds 40 ;;

@@ -30,9 +30,9 @@ struct Memory {
   float* received;                 // [2][left, right][halo][slice]
   int64* barriers;                 // [STAGES], and two of the exchange
   __device__ Memory(char* base, const Tile& k, const Tiling& t)
-      : wide(k.extended, (int)t.stage_lines, (int)t.slice, boxes_of(k, t)),
-        narrow(k.width, (int)t.stage_lines, (int)t.slice, boxes_of(k, t)),
-        around(k.width + 2, (int)t.stage_lines, (int)t.slice, boxes_of(k, t)) {
+      : wide(k.extended, (int)t.stage_lines, (int)t.slice, boxes_of(t)),
+        narrow(k.width, (int)t.stage_lines, (int)t.slice, boxes_of(t)),
+        around(k.width + 2, (int)t.stage_lines, (int)t.slice, boxes_of(t)) {
     const int slice = (int)t.slice, lines = (int)t.stage_lines;
     dy = reinterpret_cast<scalar_t*>(base);
     u = dy + STAGES * wide.elements;
@@ -69,7 +69,7 @@ struct Copier {
   __device__ void fetch(int stage, int) const {
     const int step = stage * capacity, slot = stage % STAGES;
     if (step >= total) return;
-    const int boxes = boxes_of(k, a.tiling), kind = k.direction >> 1, low = lowest(step);
+    const int boxes = boxes_of(a.tiling), kind = k.direction >> 1, low = lowest(step);
     const Corner wide(k, slice, k.start - k.halo, low), narrow(k, slice, k.start, low);
     Corner around(k, slice, 0, k.direction & 1 ? low + 1 : low - 1);
     around.position = k.start - 1;  // its rows never hold several positions, for these would begin between two
@@ -89,7 +89,7 @@ struct Copier {
   }
   __device__ void store(int stage, int) const {
     const int step = stage * capacity, steps = min(capacity, total - step), slot = stage % STAGES;
-    const int boxes = boxes_of(k, a.tiling), kind = k.direction >> 1;
+    const int boxes = boxes_of(a.tiling), kind = k.direction >> 1;
     const bool backwards = k.direction & 1;
     const int first = k.start / k.together;
     for (int j = 0; j < steps && !k.across; ++j) {
@@ -268,7 +268,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
   const int p = k.start - k.halo + at.first;
   const View out = reversed(
       view_along(k.direction, k.lines, k.batch * a.o_b + k.slot * a.o_d + k.channel, a.o_h, a.o_w), k.end);
-  scalar_t* du = a.du && boxes_of(k, t) > 1 ? a.du + out.at(0, p) + at.c : nullptr;  // where the accelerator cannot store it
+  scalar_t* du = a.du && boxes_of(t) > 1 ? a.du + out.at(0, p) + at.c : nullptr;  // where the accelerator cannot store it
   const bool backwards = k.direction & 1;
   const int64 plane = 3 * (int64)k.positions;
   float* dweight = a.dweight;

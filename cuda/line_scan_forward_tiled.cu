@@ -23,8 +23,8 @@ struct Memory {
   float* received;          // [2][left, right][halo][slice]
   int64* barriers;          // [STAGES], and two of the exchange
   __device__ Memory(char* base, const Tile& k, const Tiling& t)
-      : wide(k.extended, (int)t.stage_lines, (int)t.slice, boxes_of(k, t)),
-        narrow(k.width, (int)t.stage_lines, (int)t.slice, boxes_of(k, t)) {
+      : wide(k.extended, (int)t.stage_lines, (int)t.slice, boxes_of(t)),
+        narrow(k.width, (int)t.stage_lines, (int)t.slice, boxes_of(t)) {
     const int slice = (int)t.slice, lines = (int)t.stage_lines;
     x = reinterpret_cast<scalar_t*>(base);
     lam = x + STAGES * wide.elements;
@@ -54,7 +54,7 @@ struct Copier {
   __device__ void fetch(int stage, int) const {
     const int line = k.begin + stage * capacity, slot = stage % STAGES;
     if (line >= k.end) return;
-    const int boxes = boxes_of(k, a.tiling), kind = k.direction >> 1, low = lowest(line);
+    const int boxes = boxes_of(a.tiling), kind = k.direction >> 1, low = lowest(line);
     const Corner wide(k, slice, k.start - k.halo, low), narrow(k, slice, k.start, low);
     const int positions = boxes * (2 * m.wide.box_positions + (a.u ? m.narrow.box_positions : 0));
     int64* const barrier = m.barriers + slot;
@@ -67,7 +67,7 @@ struct Copier {
   __device__ int lowest(int line) const { return k.direction & 1 ? k.lines - line - capacity : line; }
   __device__ void store(int stage, int) const {
     const int line = k.begin + stage * capacity, lines = min(capacity, k.end - line), slot = stage % STAGES;
-    const int boxes = boxes_of(k, a.tiling), kind = k.direction >> 1;
+    const int boxes = boxes_of(a.tiling), kind = k.direction >> 1;
     const bool backwards = k.direction & 1;
     const int first = k.start / k.together;
     for (int j = 0; j < lines && !k.across; ++j) {
@@ -81,10 +81,8 @@ struct Copier {
     }
     if (k.across) {  // all lines leave at once
       const int channel = lowest(line) * slice;
-      for (int n = 0; n < (WIDE ? boxes : 1); ++n)
-        store_box(a.y_map[kind], channel, first + n * m.narrow.box_positions, 0, k.slot, k.batch,
-                  m.u + slot * m.narrow.elements + n * m.narrow.box_elements);
-      if (a.state && (!WIDE || boxes == 1))
+      store_box(a.y_map[kind], channel, first, 0, k.slot, k.batch, m.u + slot * m.narrow.elements);
+      if (a.state)
         store_box(a.state_map[kind], channel, first, 0, k.slot, k.batch,
                   m.x + slot * m.wide.elements + k.halo * capacity * slice);
     }
@@ -221,7 +219,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
   const int pitch = k.across ? capacity * slice : slice;  // of positions in shared memory
   const int readable = at.used ? k.extended : 0;  // positions before this one are there to be read
   const Exchange exchange = {m.received, shared_address(m.barriers + STAGES), k.halo, k.own, slice, k.rank, CLUSTER};
-  const bool stores_state = a.state && boxes_of(k, a.tiling) > 1;  // where the accelerator cannot
+  const bool stores_state = a.state && boxes_of(a.tiling) > 1;  // where the accelerator cannot
   const View vy = view_along(k.direction, k.lines, k.batch * a.y_b + k.slot * a.y_d + k.channel, a.y_h, a.y_w);
   int at_wide[RUN], at_narrow[RUN];
   bool own[RUN];
@@ -320,8 +318,6 @@ template <int CLUSTER> __device__ __forceinline__ void line_scan(const Parameter
 ENTRY(1, )
 #if __CUDA_ARCH__ >= 900
 ENTRY(2, __cluster_dims__(2, 1, 1))
-#endif
-#if __CUDA_ARCH__ >= 900 && !WIDE
 ENTRY(3, __cluster_dims__(3, 1, 1))
 ENTRY(4, __cluster_dims__(4, 1, 1))
 ENTRY(5, __cluster_dims__(5, 1, 1))

@@ -21,20 +21,10 @@
 #endif
 
 // RUN is odd, so that a warp reads the rows of shared memory without bank conflicts.
-#ifndef WIDE
-#define WIDE 0
-#endif
-#if WIDE  // long stretches of few channels: more weights for the bytes that arrive, rows always merged
-#define STAGES 3
-#define THREADS 512
-#define WEIGHERS 256
-#define ITEMS 5
-#else
 #define STAGES 4
 #define THREADS (VEC * RUN >= 12 ? 448 : 736)  // of a block at most
 #define WEIGHERS 128
 #define ITEMS 4  // positions times lines of a stage that a weigher has at most
-#endif
 
 struct Tiling {
   int64 batch, height, width, channels, groups, directions, packed_directions, chunk_size, chunks;
@@ -60,9 +50,7 @@ struct Tile : Stretch {
 };
 
 // Only the accelerator limits how many rows come at once; without it the boxes would have to be filled alike.
-__device__ __forceinline__ int boxes_of(const Tile& k, const Tiling& t) {
-  return ACCELERATOR && !(WIDE && k.together > 1) ? (int)t.boxes : 1;
-}
+__device__ __forceinline__ int boxes_of(const Tiling& t) { return ACCELERATOR ? (int)t.boxes : 1; }
 
 template <int CLUSTER> __device__ __forceinline__ Tile make_tile(const Tiling& t) {
   Tile k;
@@ -80,7 +68,7 @@ template <int CLUSTER> __device__ __forceinline__ Tile make_tile(const Tiling& t
   k.halo = (int)t.halo;
   k.extended = k.width + 2 * k.halo;
   // More positions a thread leave no registers for it; the copies of older GPUs go line by line.
-  const bool merged = ACCELERATOR && (WIDE || (RUN == 1 && t.merged));
+  const bool merged = ACCELERATOR && RUN == 1 && t.merged;
   k.across = merged && !vertical;
   k.together = merged && vertical ? 128 / ((int)t.slice * (int)sizeof(scalar_t)) : 1;
   return k;

@@ -20,11 +20,10 @@ from typing import Any
 import torch
 
 from gspn2_diffusion.ops.plane_plans import RUN as PLANE_RUN
-from gspn2_diffusion.ops.plans import RUNS, WIDE_RUN, Plan
+from gspn2_diffusion.ops.plans import RUNS, Plan
 
 GENERIC = ("line_scan_forward", "line_scan_backward")
 TILED = ("line_scan_forward_tiled", "line_scan_backward_tiled")
-WIDE = "line_scan_forward_wide"
 PLANE = ("line_scan_forward_plane", "line_scan_backward_plane")
 FINISH = "line_scan_finish"
 LOCAL = "local_perception"
@@ -86,7 +85,6 @@ def variants() -> list[Variant]:
         chunk = 16 // dtype.itemsize
         found += [(name, dtype, 1 << n, 1) for name in GENERIC for n in range(chunk.bit_length())]
         found += [(name, dtype, vec * 2 // dtype.itemsize, run) for name in TILED for vec, run in RUNS]
-        found += [(WIDE, dtype, chunk, WIDE_RUN)]
         found += [(name, dtype, PLANE_RUN, PLANE_RUN) for name in PLANE]
         found += [(FINISH, dtype, chunk, 1)]
         found += [(LOCAL, dtype, vec, 1) for vec in (1, 4)]

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-COPIER = 32  # threads
+STAGES, WEIGHERS, ITEMS = 4, 128, 4  # as in cuda/tiled.cuh
+HELPERS = WEIGHERS + 32  # threads beside the consumers
 MAX_GRID = 2**31 - 1
 MAX_BOX = 256  # positions that the tensor memory accelerator copies at once
-WIDE_RUN = 3  # of wide tiles
 _GENERIC_THREADS = 512  # __launch_bounds__ of the generic kernels
 RUNS = ((4, 1), (8, 1), (8, 3))  # channels and positions of a thread, for elements of two bytes
 _PREFERRED_SHARED_BYTES = 48 * 1024  # more would leave too few generic blocks on a multiprocessor
@@ -77,7 +77,6 @@ class Tile:
         halo: lines between two exchanges of a cluster, 0 without one.
         stage_lines: lines that are fetched together; divides ``halo``.
         merged: the accelerator copies rows of several positions or lines, see ``struct Tile`` there.
-        wide: of the forward kernel for long stretches of few channels, whose rows are merged.
     """
 
     vec: int
@@ -87,32 +86,11 @@ class Tile:
     halo: int
     stage_lines: int
     merged: bool = False
-    wide: bool = False
-
-    @property
-    def stages(self) -> int:
-        """STAGES in ``cuda/tiled.cuh``."""
-        return 3 if self.wide else 4
-
-    @property
-    def weighers(self) -> int:
-        """WEIGHERS there."""
-        return 256 if self.wide else 128
-
-    @property
-    def items(self) -> int:
-        """ITEMS there."""
-        return 5 if self.wide else 4
 
     @property
     def most_threads(self) -> int:
-        """THREADS there."""
-        return 512 if self.wide else 448 if self.vec * self.run >= 12 else 736
-
-    @property
-    def helpers(self) -> int:
-        """Threads beside the consumers."""
-        return self.weighers + COPIER
+        """THREADS in ``cuda/tiled.cuh``."""
+        return 448 if self.vec * self.run >= 12 else 736
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: it is a key of what is kept for every launch
@@ -221,10 +199,9 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
         return None
     if problem.backward and (lanes > 32 or lanes & (lanes - 1)):
         return None  # sums over the lanes of a position are made by shuffles
-    merges = tile.merged or tile.wide
     # The accelerator reads and writes shared memory at multiples of 128 bytes.
     unit = 128 // math.gcd(128, tile.slice * problem.itemsize)
-    if tile.halo % unit or tile.halo % tile.stage_lines or (merges and not may_merge(problem, tile)):
+    if tile.halo % unit or tile.halo % tile.stage_lines or (tile.merged and not may_merge(problem, tile)):
         return None
     longest = ceil_div(problem.line_lengths[-1], tile.cluster)
     boxes = ceil_div(longest + 2 * max(tile.halo, 1) + unit, MAX_BOX)
@@ -235,16 +212,16 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
     for length, width in zip(problem.line_lengths, widths, strict=True):
         if length - (tile.cluster - 1) * width < max(tile.halo, 1):
             return None  # the last block would have less than its neighbour needs
-    if tile.merged and boxes > 1 and not tile.wide:
+    if tile.merged and boxes > 1:
         return None
     extended = widths[-1] + 2 * tile.halo
     consumers = 32 * ceil_div(ceil_div(extended, tile.run), 32 // lanes) if lanes <= 32 else MAX_GRID
-    if consumers + tile.helpers > tile.most_threads:
+    if consumers + HELPERS > tile.most_threads:
         return None
     shared = max(tiled_shared_bytes(problem, tile, width, boxes, consumers) for width in widths)
     if shared > shared_limit:
         return None
-    if tile.stage_lines * (extended + 2) > tile.weighers * tile.items:
+    if tile.stage_lines * (extended + 2) > WEIGHERS * ITEMS:
         return None
     slices = ceil_div(problem.channels, tile.slice)
     chunks = ceil_div(problem.lines, problem.chunk_lines)
@@ -254,12 +231,12 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
     across, down = by_length.get(problem.width, 0), by_length.get(problem.height, 0)
     name = "line_scan_backward_tiled" if problem.backward else "line_scan_forward_tiled"
     return Plan(
-        source="line_scan_forward_wide" if tile.wide else name,
+        source=name,
         entry=f"{name}_{tile.cluster}",
         vec=tile.vec,
         run=tile.run,
         grid=grid,
-        threads=consumers + tile.helpers,
+        threads=consumers + HELPERS,
         shared_bytes=shared,
         parameters=(
             *problem.shape,
@@ -295,12 +272,8 @@ def may_merge(problem: Problem, tile: Tile) -> bool:
     """
     row = tile.slice * problem.itemsize
     alone = tile.slice == problem.channels and problem.chunk_lines == problem.lines
-    alone = alone and (_fits_wide(problem, tile) if tile.wide else tile.run == 1)
-    return problem.touching and alone and 128 % row == 0 and problem.width % (128 // row) == 0
-
-
-def _fits_wide(problem: Problem, tile: Tile) -> bool:
-    return not problem.backward and tile.merged and tile.run == WIDE_RUN and tile.cluster <= 2
+    whole = 128 % row == 0 and problem.width % (128 // row) == 0
+    return problem.touching and alone and tile.run == 1 and whole
 
 
 def tiled_shared_bytes(problem: Problem, tile: Tile, width: int, boxes: int, consumers: int) -> int:
@@ -313,4 +286,4 @@ def tiled_shared_bytes(problem: Problem, tile: Tile, width: int, boxes: int, con
     per_warp = 32 // (tile.slice // tile.vec)
     border = consumers // 32 * per_warp + 2 if tile.run == 1 else 2 * (consumers // 32 + 2)
     states = 4 * tile.slice * (2 * border + 4 * tile.halo)
-    return tile.stages * (stages + 8) + 2 * 8 + weights + states
+    return STAGES * (stages + 8) + 2 * 8 + weights + states

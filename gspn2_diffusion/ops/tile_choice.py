@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from gspn2_diffusion.ops.plans import RUNS, Plan, Problem, Tile, ceil_div, may_merge, tiled_plan
+from gspn2_diffusion.ops.plans import HELPERS, RUNS, Plan, Problem, Tile, ceil_div, may_merge, tiled_plan
 
 # Which tile: the one with the lowest estimated time. Nanoseconds for one line of one wave of blocks, for each
 # of the terms of `cost_terms`, fitted to tiles of 22 shapes measured on an H200 in bfloat16. Clusters of 3, 5
@@ -45,11 +45,9 @@ def tiles(problem: Problem, clusters: Sequence[int] = (1, 2, 3, 4, 5, 7, 8, 16))
     for size, (vec, run), cluster in itertools.product(_CHUNKS if overhang else exact, RUNS, clusters):
         for stage_lines, halo in itertools.product((1, 2, 4), (0,) if cluster == 1 else (2, 4, 8)):
             tile = Tile(vec * 2 // problem.itemsize, run, size * chunk, cluster, halo, stage_lines)
-            merged, wide = replace(tile, merged=True), replace(tile, merged=True, wide=True)
+            merged = replace(tile, merged=True)
             may = size < _SHORT_ROW and len(clusters) > 1
             yield merged if may and may_merge(problem, merged) else tile
-            if may and may_merge(problem, wide):
-                yield wide
 
 
 def cost_terms(problem: Problem, plan: Plan, shared_limit: int, processors: int) -> tuple[float, ...]:
@@ -87,7 +85,7 @@ def cost_terms(problem: Problem, plan: Plan, shared_limit: int, processors: int)
         times if tile.halo else 0.0,
         together * extended * tile.slice / 1000,
         together * rows / 100 * short,
-        together * (plan.threads - tile.helpers) / 32 if tile.run > 1 else 0.0,
+        together * (plan.threads - HELPERS) / 32 if tile.run > 1 else 0.0,
     )
 
 
@@ -96,8 +94,6 @@ def estimate(problem: Problem, plan: Plan, shared_limit: int, processors: int) -
     assert plan.tile is not None
     if problem.backward and plan.tile.cluster == 3 and max(plan.widths) > _MOST_OF_THREE:
         return math.inf
-    if plan.tile.wide:
-        return math.inf  # not measured yet
     if plan.tile.merged and plan.tile.cluster not in _POWERS:
         return math.inf  # (16, 1024, 1024, 8): clusters of 5 and 7 took 2.4 ms, those of 8 2.1
     terms = cost_terms(problem, plan, shared_limit, processors)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from emulate import SHARED_LIMIT, emulated, needs_compiler
@@ -31,16 +29,6 @@ CASES = [  # (H, W), C, G, tile, chunk, dtype, options of the inputs (and "scans
     ((3, 270), 8, 1, Tile(4, 3, 8, 1, 0, 1), 0, FP32, {"scans": (1, 0)}),  # a line in two boxes
     ((27, 24), 8, 1, Tile(8, 1, 8, 2, 8, 2, merged=True), 0, BF16, {}),
     ((33, 40), 8, 1, Tile(4, 1, 8, 2, 4, 4, merged=True), 0, FP32, {"with_u": False}),
-    ((33, 40), 8, 1, Tile(8, 3, 8, 2, 8, 2, merged=True, wide=True), 0, BF16, {}),
-    (
-        (278, 16),
-        8,
-        1,
-        Tile(8, 3, 8, 1, 0, 2, merged=True, wide=True),
-        0,
-        BF16,
-        {"scans": (0, 3)},
-    ),  # two boxes
 ]
 
 
@@ -60,8 +48,7 @@ def test_tiles(size, channels, groups, tile, chunk, dtype, kind):
     plans = []
     for backward in (False, True):
         problem = Problem(1, *size, channels, groups, scans, chunk, dtype.itemsize, backward, tile.merged)
-        fitting = replace(tile, wide=False, merged=False, stage_lines=1) if tile.wide and backward else tile
-        plans.append(tiled_plan(problem, fitting, normalize, SHARED_LIMIT))
+        plans.append(tiled_plan(problem, tile, normalize, SHARED_LIMIT))
     assert None not in plans
     x, weight, lam, u = (None if t is None else t.detach() for t in inputs.values())
     dy = torch.randn(lam.shape, generator=torch.Generator().manual_seed(1)).to(dtype)

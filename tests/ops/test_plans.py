@@ -7,7 +7,16 @@ import math
 
 import pytest
 
-from gspn2_diffusion.ops.plans import MAX_BOX, Problem, Tile, generic_plan, tiled_plan
+from gspn2_diffusion.ops.plans import (
+    HELPERS,
+    ITEMS,
+    MAX_BOX,
+    WEIGHERS,
+    Problem,
+    Tile,
+    generic_plan,
+    tiled_plan,
+)
 from gspn2_diffusion.ops.tile_choice import choose_tile, estimate, tiles
 
 LIMIT, PROCESSORS, CLUSTERS = 227 * 1024, 132, (1, 2, 3, 4, 5, 7, 8, 16)
@@ -54,9 +63,9 @@ def test_every_tile_keeps_to_the_kernels_rules(problem):
             assert length - (tile.cluster - 1) * width >= max(1, tile.halo)
             assert tile.cluster * width >= length
             assert math.ceil((extended + 2) / plan.boxes) <= MAX_BOX + 1
-            assert (extended + 2) * tile.stage_lines <= tile.weighers * tile.items
+            assert (extended + 2) * tile.stage_lines <= WEIGHERS * ITEMS
             per_warp = 32 // lanes
-            assert (plan.threads - tile.helpers) // 32 * per_warp * tile.run >= extended
+            assert (plan.threads - HELPERS) // 32 * per_warp * tile.run >= extended
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)

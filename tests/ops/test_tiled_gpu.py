@@ -49,8 +49,6 @@ MERGED = [  # (H, W), C, tile of elements of two bytes
     ((61, 96), 16, Tile(4, 1, 16, 2, 8, 4, merged=True)),
     ((150, 120), 8, Tile(8, 1, 8, 5, 8, 2, merged=True)),
     ((310, 320), 8, Tile(4, 1, 8, 8, 8, 4, merged=True)),
-    ((150, 120), 8, Tile(8, 3, 8, 2, 8, 2, merged=True, wide=True)),
-    ((600, 560), 8, Tile(8, 3, 8, 2, 8, 2, merged=True, wide=True)),  # in several boxes
 ]
 
 
@@ -63,9 +61,6 @@ def run_tile(inputs, dy, tile, chunk=0, normalize=True):
     for backward in (False, True):
         problem = Problem(*x.shape, groups, (0, 1, 2, 3), chunk, x.element_size(), backward, tile.merged)
         smaller = [tile, *(replace(tile, stage_lines=n) for n in (4, 2, 1) if n < tile.stage_lines)]
-        if tile.wide and backward:  # forward only
-            smaller = [replace(tile, wide=False, cluster=n) for n in (2, 8)]
-            smaller = [replace(t, vec=each, run=1) for t in smaller for each in (tile.vec, tile.vec // 2)]
         found = [p for p in (tiled_plan(problem, t, normalize, limit) for t in smaller) if p is not None]
         assert found, f"{tile} does not fit {tuple(x.shape)}"
         plans.append(found[0])
