@@ -3,12 +3,15 @@
     python scripts/compare_mixers.py train --study mixers --pretrained gspn2-emoji --steps 2000 --batch 512
     python scripts/compare_mixers.py report
     python scripts/compare_mixers.py sheet --variants gspn2,softmax
+    python scripts/compare_mixers.py collect --study ablations --work runs/comparison --steps 400
 
 "train" runs one variant per GPU at a time, each for exactly --steps steps, then lets one judge see all their
-pictures, and writes benchmarks/results/<study>.json. Variants that the file holds already stay in it, if they
-were trained with the same settings, so a study may be made in several calls; runs and judgements that --work
-holds from a call that was cut off are not repeated. With --at_once variants share a GPU, since setting up a
-short run takes longer than training it; steps are then timed at the end, with the GPU to themselves. "report"
+pictures. It writes benchmarks/results/<study>.json as soon as one has been trained and whenever more is
+known. Variants that the file holds already stay in it, if they were trained with the same settings, so a
+study may be made in several calls; runs and judgements that --work holds from a call that was cut off are not
+repeated. With --at_once variants share a GPU, since setting up a short run takes longer than training it;
+steps are then timed at the end, with the GPU to themselves. "collect" takes into that file what runs measured
+that lie in --work, from another machine perhaps; it wants the options that they were trained with. "report"
 makes docs/results.md from the files in benchmarks/results; "sheet" makes docs/results-transfer.webp from the
 sheets that judging at several --sizes left in --work. Options after "--" go to scripts/train_text_to_image.py
 unchanged.
@@ -22,11 +25,14 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gspn2_diffusion.evaluation.study_file import StudyFile
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -54,7 +60,10 @@ def main(argv: list[str] | None = None) -> None:
             folders = [given.work / given.study / name / "evaluation" for name in names]
             print(f"wrote {transfer_sheet(folders, given.document.with_name(TRANSFER_SHEET))}")
             return
-        train(given, passed)
+        if given.action == "collect":
+            collect(given, passed)
+        else:
+            train(given, passed)
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"compare_mixers: {error}") from None
 
@@ -63,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("action", choices=("train", "report", "sheet"))
+    parser.add_argument("action", choices=("train", "collect", "report", "sheet"))
     add = parser.add_argument
     add("--study", default="mixers", choices=("mixers", "ablations"))
     add("--variants", default=None, help="only these, by commas")
@@ -93,62 +102,100 @@ def _parser() -> argparse.ArgumentParser:
 def train(given: argparse.Namespace, passed: Sequence[str]) -> Path:
     """Train and judge every variant; returns the results file."""
     from gspn2_diffusion.environment import describe_environment
-    from gspn2_diffusion.evaluation.comparison import count_parameters, read_run, variants
-    from gspn2_diffusion.evaluation.report import write_json
+    from gspn2_diffusion.evaluation.comparison import count_parameters
+
+    configs = asked_for(given)
+    for name, config in configs.items():
+        print(f"{name}: {count_parameters(config):,} parameters", flush=True)
+    work = given.work / given.study
+    file = study_file(given, passed, describe_environment())
+    commands = {name: _training(given, work / name, config, passed) for name, config in configs.items()}
+    folders = {name: work / name for name in configs}
+
+    def trained(name: str) -> None:
+        file.add_run(name, configs[name], folders[name])
+
+    status = run_all(commands, folders, at_once=given.at_once, made=trained)
+    finished = [name for name in configs if status[name] == 0]
+    if given.evaluate and finished:
+        file.add({name: {"evaluation": scores} for name, scores in judge_all(given, work, finished).items()})
+    if given.at_once > 1:
+        file.add(time_alone({name: facts["config"] for name, facts in file.variants.items()}))
+    failed = [name for name in configs if status[name] != 0]
+    file.finish(failed)
+    print(f"wrote {file.path}; failed: {failed or 'none'}")
+    return file.path
+
+
+def collect(given: argparse.Namespace, passed: Sequence[str]) -> None:
+    """Take in the runs of --work that reached the last step with these settings.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    work, names = given.work / given.study, []
+    for name, config in asked_for(given).items():
+        run = finished_run(given, work / name, config)
+        if run:
+            study_file(given, passed, run).add_run(name, config, work / name)
+            names.append(name)
+    if not names:
+        raise FileNotFoundError(f"{work} has no run of {given.steps} steps with these settings")
+    print(f"collected {', '.join(names)}")
+
+
+def finished_run(given: argparse.Namespace, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Where a run was made, or nothing if it is not a whole one of this architecture and these settings."""
+    from gspn2_diffusion.environment import describe_environment
+
+    files = [folder / name for name in ("metrics.jsonl", "transformer.json", "config.json")]
+    if not all(file.is_file() for file in files):
+        return {}
+    rows = [json.loads(line) for line in files[0].read_text(encoding="utf-8").splitlines()]
+    architecture, settings = (json.loads(file.read_text(encoding="utf-8")) for file in files[1:])
+    wanted = {"max_train_steps": given.steps, "batch_size": given.batch, "seed": given.seed}
+    same = all(settings[key] == value for key, value in wanted.items())
+    same = same and architecture == {"_class_name": "GSPN2Transformer2DModel", **config}
+    whole = any(row.get("step") == given.steps and "val_unseen_pair" in row for row in rows)
+    return {key: rows[0][key] for key in describe_environment() if key in rows[0]} if same and whole else {}
+
+
+def asked_for(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Configurations of the variants, by name.
+
+    Raises:
+        ValueError: a variant that the study does not have, or none of them may run at once.
+    """
+    from gspn2_diffusion.evaluation.comparison import variants
 
     if given.at_once < 1:
         raise ValueError(f"--at_once is {given.at_once}; allowed: 1 or more")
-    base = {k: v for k, v in json.loads(given.base.read_text()).items() if not k.startswith("_")}
-    configs = variants(given.study, base, more=bool(given.variants))
-    if given.variants:
-        unknown = set(given.variants.split(",")) - configs.keys()
-        if unknown:
-            raise ValueError(f"--variants has {sorted(unknown)}; allowed: {', '.join(configs)}")
-        configs = {name: configs[name] for name in given.variants.split(",")}
-    parameters = {name: count_parameters(config) for name, config in configs.items()}
-    print("\n".join(f"{name}: {count:,} parameters" for name, count in parameters.items()), flush=True)
-    work = given.work / given.study
-    commands = {name: _training(given, work / name, config, passed) for name, config in configs.items()}
-    folders = {name: work / name for name in configs}
-    status = run_all(commands, folders, at_once=given.at_once)
-    finished = [name for name in configs if status[name] == 0]
-    scores = judge_all(given, work, finished) if given.evaluate and finished else {}
-    alone = time_alone({name: configs[name] for name in finished}) if given.at_once > 1 else {}
+    configs = variants(given.study, read_base(given), more=bool(given.variants))
+    if not given.variants:
+        return configs
+    unknown = set(given.variants.split(",")) - configs.keys()
+    if unknown:
+        raise ValueError(f"--variants has {sorted(unknown)}; allowed: {', '.join(configs)}")
+    return {name: configs[name] for name in given.variants.split(",")}
+
+
+def read_base(given: argparse.Namespace) -> dict[str, Any]:
+    """The configuration that all variants are changes of."""
+    return {k: v for k, v in json.loads(given.base.read_text()).items() if not k.startswith("_")}
+
+
+def study_file(given: argparse.Namespace, passed: Sequence[str], environment: dict[str, Any]) -> StudyFile:
+    """The results file, for variants trained with these settings."""
+    from gspn2_diffusion.evaluation.comparison import variants
+    from gspn2_diffusion.evaluation.study_file import StudyFile
+
     settings = {"steps": given.steps, "batch": given.batch, "seed": given.seed, "other": list(passed)}
     if given.at_once > 1:  # steps are timed in another way, so those of one file are all timed so
         settings["at_once"] = given.at_once
-    target = given.results / f"{given.study}.json"
-    facts: dict[str, Any] = {
-        "study": given.study,
-        "settings": settings,
-        "environment": describe_environment() | ({"commit": given.commit} if given.commit else {}),
-        "variants": earlier_variants(target, settings)
-        | {
-            name: {
-                "config": configs[name],
-                "parameters": parameters[name],
-                **read_run(work / name),
-                **alone.get(name, {}),
-                "evaluation": scores.get(name),
-            }
-            for name in finished
-        },
-        "failed": [name for name in configs if status[name] != 0],
-    }
-    write_json(facts, target)
-    print(f"wrote {target}; failed: {facts['failed'] or 'none'}")
-    return target
-
-
-def earlier_variants(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Variants of an earlier call with the same settings; those of other settings are dropped."""
-    if not file.is_file():
-        return {}
-    known = json.loads(file.read_text(encoding="utf-8"))
-    if known["settings"] != settings:
-        print(f"{file} was made with other settings, {known['settings']}: it is replaced")
-        return {}
-    return dict(known["variants"])
+    named = {"commit": given.commit} if given.commit else {}
+    path = given.results / f"{given.study}.json"
+    order = list(variants(given.study, read_base(given), more=True))
+    return StudyFile(path, given.study, settings, environment | named, order)
 
 
 def _training(
@@ -188,8 +235,10 @@ def time_alone(configs: dict[str, Any]) -> dict[str, dict[str, float | None]]:
     from gspn2_diffusion.evaluation.step_time import BATCH, time_steps
 
     measured = time_steps(configs) if torch.cuda.is_available() else {}
-    shared = {"step_milliseconds": None, "pictures_per_second": None, "step_pictures_alone": BATCH}
-    return {name: {**shared, "step_milliseconds_alone": measured.get(name)} for name in configs}
+    return {
+        name: {"step_milliseconds_alone": measured.get(name), "step_pictures_alone": BATCH}
+        for name in configs
+    }
 
 
 def record_of(command: list[str]) -> str:
@@ -210,6 +259,7 @@ def run_all(
     folders: dict[str, Path],
     needed: Path | None = None,
     at_once: int = 1,
+    made: Callable[[str], None] = lambda name: None,
 ) -> dict[str, int]:
     """Run commands, `at_once` per GPU (one after the other without GPUs); exit status by name.
 
@@ -217,15 +267,20 @@ def run_all(
         commands: by name; not run are those that made their folder before.
         folders: what each of them fills.
         needed: a file that the first command makes; the others start once it is there, or that one has ended.
+        made: called as soon as a folder is known to be filled.
     """
     import torch
 
     free: Queue[int | None] = Queue()
     for device in (list(range(torch.cuda.device_count())) or [None]) * at_once:  # type: ignore[list-item]
         free.put(device)
-    made = {name for name, command in commands.items() if is_made(folders[name], command)}
-    left = [name for name in commands if name not in made]
-    print("".join(f"{name}: made before\n" for name in made), end="", flush=True)
+    left = []
+    for name, command in commands.items():
+        if is_made(folders[name], command):
+            print(f"{name}: made before", flush=True)
+            made(name)
+        else:
+            left.append(name)
     first, first_ended = next(iter(left), None), threading.Event()
 
     def run(name: str) -> int:
@@ -233,7 +288,10 @@ def run_all(
         try:
             while name != first and needed and not needed.is_file() and not first_ended.wait(0.5):
                 pass
-            return _run_one(name, commands[name], folders[name], device)
+            status = _run_one(name, commands[name], folders[name], device)
+            if status == 0:
+                made(name)
+            return status
         finally:
             if name == first:
                 first_ended.set()

@@ -26,6 +26,11 @@ _MEASURES = (
 _SHORT = ("concept_top1/seen", "concept_top5/unseen_pair", "style/seen", "background", "relation/pair")
 _MISSING = "Not measured yet."
 TRANSFER_SHEET = "results-transfer.webp"
+_BASE = (
+    " `base` is the shape of the embedded model (`configs/gspn2-emoji-transformer.json`): proxies of C/4, "
+    "weights shared by all channels, four directions, no chunks, local perception. The others change one of "
+    "these, so they differ in parameters, too."
+)
 _TRANSFER = (
     "The same weights, trained at 256 px alone, at other sizes. Line scans are kept in balance there "
     "(`balance_scans` of the pipeline), softmax attention has axial rotary positions; "
@@ -138,6 +143,8 @@ def _study(facts: Mapping[str, Any], name: str, folder: Path) -> str:
             f" Steps ({first['step_pictures_alone']} pictures, forward and backward, not compiled) were "
             "timed afterwards, with the GPU to themselves."
         )
+    if "base" in variants:
+        start += _BASE
     curves = {key: value["validation"] for key, value in variants.items()}
     _write(folder / f"results-{name}.svg", plot(curves, "val_unseen_pair"))
     failed = f"\n\nFailed runs: {', '.join(facts['failed'])}." if facts["failed"] else ""
@@ -170,9 +177,10 @@ def _all_scores(variants: Mapping[str, Any]) -> str:
 
 def _rows(variants: Mapping[str, Any]) -> list[list[str]]:
     judged = dict(_MEASURES)
-    name_of_base = "softmax" if "softmax" in variants else next(iter(variants))
+    name_of_base = next((name for name in ("softmax", "base") if name in variants), next(iter(variants)))
     columns = ["variant", "parameters", "val loss seen", "val loss unseen pairs", f"against {name_of_base}"]
-    rows = [[*columns, "ms a step", "GiB", *(judged[key] for key in _SHORT)]]
+    short = _SHORT if any(facts.get("evaluation") for facts in variants.values()) else ()
+    rows = [[*columns, "ms a step", "GiB", *(judged[key] for key in short)]]
     base = variants[name_of_base]["validation"][-1].get("val_unseen_pair")
     for name, facts in variants.items():
         last = facts["validation"][-1]
@@ -188,7 +196,7 @@ def _rows(variants: Mapping[str, Any]) -> list[list[str]]:
                 apart,
                 _number(facts.get("step_milliseconds_alone") or facts.get("step_milliseconds"), 1),
                 _number(facts.get("memory_gib"), 1),
-                *(_percent(scores.get(key)) for key in _SHORT),
+                *(_percent(scores.get(key)) for key in short),
             ]
         )
     return rows

@@ -295,6 +295,66 @@ def test_other_settings_under_the_same_name_are_another_run(module, tmp_path):
         assert log.read_text().count("ran") == runs
 
 
+def test_runs_of_another_machine_are_collected(module, tmp_path):
+    """Those that are whole and of these settings, in the order of the study."""
+    base = json.loads((ROOT / "configs" / "gspn2-emoji-transformer.json").read_text())
+    configs = variants("ablations", {k: v for k, v in base.items() if not k.startswith("_")})
+    made = {"date": "2026-11-20T00:00:00", "commit": "abc", "gpu": "NVIDIA H200", "torch": "2.11.0"}
+    for name, steps, config in (
+        ("proxy-C/8", 8, configs["proxy-C/8"]),
+        ("base", 8, configs["base"]),
+        ("chunks-of-4", 7, configs["chunks-of-4"]),  # cut off
+        ("chunks-of-8", 8, configs["chunks-of-4"]),  # of another architecture
+    ):
+        folder = tmp_path / "ablations" / name
+        folder.mkdir(parents=True)
+        last = {"step": steps, "pictures": 10 * steps, "val_unseen_pair": 0.5}
+        (folder / "metrics.jsonl").write_text(f"{json.dumps(made)}\n{json.dumps(last)}\n")
+        shape = {"_class_name": "GSPN2Transformer2DModel", **config}
+        (folder / "transformer.json").write_text(json.dumps(shape))
+        settings = {"max_train_steps": 8, "batch_size": 10, "seed": 0}
+        (folder / "config.json").write_text(json.dumps(settings))
+    options = ["collect", "--study", "ablations", "--work", tmp_path, "--results", tmp_path, "--steps", "8"]
+    module.main([str(o) for o in [*options, "--batch", "10", "--", "--prefetch", "2"]])
+    facts = json.loads((tmp_path / "ablations.json").read_text())
+    assert list(facts["variants"]) == ["base", "proxy-C/8"]
+    assert facts["environment"] == made
+    assert facts["settings"]["other"] == ["--prefetch", "2"]
+    found = facts["variants"]["base"]
+    assert (found["validation"][-1]["val_unseen_pair"], found["evaluation"]) == (0.5, None)
+    text = write_document(tmp_path, tmp_path / "r.md").read_text()
+    assert "| base | 21.42M | - | 0.5000 | +0.0% | - | - |\n" in text  # not judged, so without scores
+    with pytest.raises(SystemExit, match="has no run of 8 steps with these settings"):
+        module.main([str(o) for o in [*options, "--batch", "11"]])
+
+
+def test_what_is_trained_is_written_at_once(module, tmp_path, monkeypatch):
+    """A study that is cut off keeps what it knows."""
+
+    def run(name, command, folder, device):
+        if name == "softmax":
+            raise KeyboardInterrupt
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.jsonl").write_text('{"step": 7, "pictures": 70, "val_unseen_pair": 0.2}\n')
+        return 0
+
+    monkeypatch.setattr(module, "_run_one", run)
+    options = [
+        "train",
+        "--steps",
+        "7",
+        "--batch",
+        "10",
+        "--work",
+        tmp_path,
+        "--results",
+        tmp_path / "results",
+    ]
+    with pytest.raises(KeyboardInterrupt):
+        module.main([str(o) for o in options])
+    assert "gspn2" in json.loads((tmp_path / "results" / "mixers.json").read_text())["variants"]
+
+
 def test_a_study_needs_at_least_one_variant_at_once(module):
     with pytest.raises(SystemExit, match="compare_mixers: --at_once is 0; allowed: 1 or more"):
         module.main(["train", "--at_once", "0"])
