@@ -191,7 +191,7 @@ def study_file(given: argparse.Namespace, passed: Sequence[str], environment: di
 
     settings = {"steps": given.steps, "batch": given.batch, "seed": given.seed, "other": list(passed)}
     if given.at_once > 1:  # steps are timed in another way, so those of one file are all timed so
-        settings["at_once"] = given.at_once
+        settings["timed_alone"] = True
     named = {"commit": given.commit} if given.commit else {}
     path = given.results / f"{given.study}.json"
     order = list(variants(given.study, read_base(given), more=True))

@@ -53,7 +53,7 @@ class StudyFile:
             FileNotFoundError: the run has no metrics.
         """
         measured = read_run(folder)
-        if self._head["settings"].get("at_once", 1) > 1:  # speeds beside other runs say nothing
+        if self._head["settings"].get("timed_alone"):  # speeds beside other runs say nothing
             measured |= {"step_milliseconds": None, "pictures_per_second": None}
         facts = {"config": dict(config), "parameters": count_parameters(config), **measured}
         with self._lock:

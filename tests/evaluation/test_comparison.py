@@ -315,8 +315,10 @@ def test_runs_of_another_machine_are_collected(module, tmp_path):
         settings = {"max_train_steps": 8, "batch_size": 10, "seed": 0}
         (folder / "config.json").write_text(json.dumps(settings))
     options = ["collect", "--study", "ablations", "--work", tmp_path, "--results", tmp_path, "--steps", "8"]
-    module.main([str(o) for o in [*options, "--batch", "10", "--", "--prefetch", "2"]])
+    module.main([str(o) for o in [*options, "--batch", "10", "--at_once", "3", "--", "--prefetch", "2"]])
     facts = json.loads((tmp_path / "ablations.json").read_text())
+    assert facts["settings"]["timed_alone"]
+    assert facts["variants"]["base"]["step_milliseconds"] is None  # speeds beside other runs say nothing
     assert list(facts["variants"]) == ["base", "proxy-C/8"]
     assert facts["environment"] == made
     assert facts["settings"]["other"] == ["--prefetch", "2"]
