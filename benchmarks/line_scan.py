@@ -65,8 +65,23 @@ SMALL_CHANNELS = 16  # with fewer, the directions lie apart in memory
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # x, weight, lam, u
 
 
-def make_inputs(shape: tuple[int, int, int, int], count: int) -> list[Inputs]:
-    """Random inputs, contiguous; of few channels ``weight, lam, u`` are ``(D, B, H, W, ...)`` in memory."""
+def parse_shape(text: str) -> tuple[int, int, int, int]:
+    """``"1x64x64x144"`` as numbers.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not four numbers above 0.
+    """
+    sizes = [int(part) for part in text.split("x") if part.isdecimal()]
+    if len(sizes) != 4 or text.count("x") != 3 or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not B x H x W x C, such as 1x64x64x144")
+    return sizes[0], sizes[1], sizes[2], sizes[3]
+
+
+def make_inputs(shape: tuple[int, int, int, int], count: int, apart: bool = False) -> list[Inputs]:
+    """Random inputs, contiguous.
+
+    ``apart``, and of few channels: ``weight, lam, u`` are ``(D, B, H, W, ...)`` in memory.
+    """
     *grid, channels = shape
     d = len(DIRECTIONS)
 
@@ -74,7 +89,7 @@ def make_inputs(shape: tuple[int, int, int, int], count: int) -> list[Inputs]:
         return torch.randn(size, device="cuda", dtype=torch.bfloat16)
 
     def draw_all(*size: int) -> torch.Tensor:
-        if channels < SMALL_CHANNELS:
+        if apart or channels < SMALL_CHANNELS:
             return draw(d, *grid, *size).movedim(0, 3)
         return draw(*grid, d, *size)
 
@@ -111,14 +126,16 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got.float() - want.float()).norm() / want.float().norm()).item()
 
 
-def measure(shape: tuple[int, int, int, int], bandwidth: float, replays: int) -> dict[str, Any]:
+def measure(
+    shape: tuple[int, int, int, int], bandwidth: float, replays: int, apart: bool = False
+) -> dict[str, Any]:
     """Forward and backward of one shape; targets as in benchmarks/README.md."""
     batch, height, width, channels = shape
     pixels, d, lines = batch * height * width, len(DIRECTIONS), max(height, width)
     forward_bytes = 2 * pixels * (channels + d * 3 + 3 * d * channels)  # x, weight, lam, u in; y out
     # dy, x, weight, lam, u, h in; the gradients of x, weight, lam, u out
     backward_bytes = 2 * pixels * (2 * channels + 2 * d * 3 + 6 * d * channels)
-    sets = make_inputs(shape, max(1, -(-MINIMUM_BYTES // forward_bytes)))
+    sets = make_inputs(shape, max(1, -(-MINIMUM_BYTES // forward_bytes)), apart)
     error = check(sets[0])
 
     def forward() -> None:
@@ -252,19 +269,25 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the first cases only, fewer replays")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--commit", default=None, help="commit to record where there is no git history")
+    parser.add_argument("--shapes", nargs="+", type=parse_shape, help="only these; prints, writes nothing")
+    parser.add_argument("--apart", action="store_true", help="each direction's inputs together in memory")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA GPU")
+    if options.apart and not options.shapes:
+        sys.exit("--apart is for --shapes: the results are of one layout")
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
     torch.cuda.empty_cache()
     rows = []
     print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s; bfloat16, G=1, four directions")
     print(f"{'B,H,W,C':>18}  {'forward ms, of copy, target, met':>32}  {'backward':>32}")
-    for shape in CASES[:QUICK] if options.quick else CASES:
-        rows.append(measure(shape, bandwidth, 20))
+    for shape in options.shapes or (CASES[:QUICK] if options.quick else CASES):
+        rows.append(measure(shape, bandwidth, 20, options.apart))
         print_row(rows[-1])
         torch.cuda.empty_cache()
+    if options.shapes:
+        return
     mixers = []
     for side in MIXER_SIDES[:3] if options.quick else MIXER_SIDES:
         mixers.append(measure_mixers(side, 20))

@@ -22,6 +22,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from line_scan import make_inputs, parse_shape
+from timing import write_result
+
 SHAPES = ["1x64x64x144", "1x256x256x144", "1x1024x1024x144", "16x1024x1024x8", "64x1024x1024x1"]
 STALLS = (
     *("barrier", "branch_resolve", "branch_resolving", "dispatch_stall", "drain", "lg_throttle"),
@@ -45,18 +48,6 @@ _WAITS = {COUNTERS[name] for name in STALLS}  # some have other names in some ve
 _KERNELS = r"regex:line_scan_(forward|backward)"
 
 
-def parse_shape(text: str) -> tuple[int, int, int, int]:
-    """``"1x64x64x144"`` as numbers.
-
-    Raises:
-        argparse.ArgumentTypeError: it is not four numbers above 0.
-    """
-    sizes = [int(part) for part in text.split("x") if part.isdecimal()]
-    if len(sizes) != 4 or text.count("x") != 3 or min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not B x H x W x C, such as 1x64x64x144")
-    return sizes[0], sizes[1], sizes[2], sizes[3]
-
-
 def needed_bytes(shape: Sequence[int], backward: bool, scans: str) -> int:
     """Every input read once and every output written once, in bfloat16."""
     batch, height, width, channels = shape
@@ -65,16 +56,15 @@ def needed_bytes(shape: Sequence[int], backward: bool, scans: str) -> int:
     return 2 * batch * height * width * values
 
 
-def launch_all(shapes: Iterable[tuple[int, int, int, int]]) -> None:
+def launch_all(shapes: Iterable[tuple[int, int, int, int]], apart: bool) -> None:
     """A forward and a backward launch of each shape and SCANS; only these are seen by the profiler."""
     import torch
-    from line_scan import make_inputs
 
     from gspn2_diffusion.ops import scan_kernels
 
     runtime = torch.cuda.cudart()
     for shape, scans in itertools.product(shapes, SCANS.values()):
-        x, *others = make_inputs(shape, 1)[0]
+        x, *others = make_inputs(shape, 1, apart)[0]
         weight, lam, u = (tensor[:, :, :, scans[0] : scans[-1] + 1] for tensor in others)
         inputs = (x, weight, lam, u)
         options = (scans, 0, True)
@@ -137,12 +127,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", nargs="+", type=parse_shape, default=[parse_shape(s) for s in SHAPES])
+    parser.add_argument("--apart", action="store_true", help="each direction's inputs together in memory")
     parser.add_argument("--launch", action="store_true", help="what ncu runs")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--commit", help="commit to record where there is no git history")
     options = parser.parse_args()
     if options.launch:
-        launch_all(options.shapes)
+        launch_all(options.shapes, options.apart)
         return
     if shutil.which("ncu") is None:
         sys.exit("ncu (Nsight Compute, of the CUDA toolkit) is not on the PATH")
@@ -151,6 +142,7 @@ def main() -> None:
         *("ncu", "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none"),
         *("--profile-from-start", "off", "-k", _KERNELS, "--metrics", ",".join(COUNTERS.values())),
         *(sys.executable, __file__, "--launch", "--shapes", *texts),
+        *(["--apart"] if options.apart else []),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -162,9 +154,8 @@ def main() -> None:
     rows = [summary(shape, scans, launch) for (shape, scans, _), launch in zip(made, launches, strict=True)]
     for row in rows:
         print(row, flush=True)
-    from timing import write_result
-
-    print(f"wrote {write_result({'rows': rows}, options.out, 'profile', options.commit)}")
+    if options.out or not options.apart:  # the results are of one layout
+        print(f"wrote {write_result({'rows': rows}, options.out, 'profile', options.commit)}")
 
 
 if __name__ == "__main__":
