@@ -9,12 +9,12 @@
 pictures. It writes benchmarks/results/<study>.json as soon as one has been trained and whenever more is
 known. Variants that the file holds already stay in it, if they were trained with the same settings, so a
 study may be made in several calls; runs and judgements that --work holds from a call that was cut off are not
-repeated. With --at_once variants share a GPU, since setting up a short run takes longer than training it;
-steps are then timed at the end, with the GPU to themselves. "collect" takes into that file what runs measured
-that lie in --work, from another machine perhaps; it wants the options that they were trained with. "report"
-makes docs/results.md from the files in benchmarks/results; "sheet" makes docs/results-transfer.webp from the
-sheets that judging at several --sizes left in --work. Options after "--" go to scripts/train_text_to_image.py
-unchanged.
+repeated, and a run that SIGTERM cut off goes on from its checkpoint. With --at_once variants share a GPU,
+since setting up a short run takes longer than training it; steps are then timed at the end, with the GPU to
+themselves. "collect" takes into that file what runs measured that lie in --work, from another machine
+perhaps; it wants the options that they were trained with. "report" makes docs/results.md from the files in
+benchmarks/results; "sheet" makes docs/results-transfer.webp from the sheets that judging at several --sizes
+left in --work. Options after "--" go to scripts/train_text_to_image.py unchanged.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 RECORD = "command.json"  # in the folder of what a command made, once it ended well
+STARTED = "started.json"  # there, too, of the command that was started last
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -302,18 +304,28 @@ def run_all(
 
 
 def _run_one(name: str, command: list[str], folder: Path, device: int | None) -> int:
+    from gspn2_diffusion.training.checkpoint import checkpoints
+
     environment, log = dict(os.environ), folder / "log.txt"
     folder.mkdir(parents=True, exist_ok=True)
-    old = [folder / "metrics.jsonl", *folder.rglob(RECORD)]  # of an earlier try, and of what was judged of it
-    for file in old:
+    started, record = folder / STARTED, record_of(command)
+    again = started.is_file() and started.read_text(encoding="utf-8") == record and checkpoints(folder)
+    old = folder.rglob(RECORD)  # of an earlier try, and of what was judged of it
+    for file in [*old, *([] if again else [folder / "metrics.jsonl"])]:
         file.unlink(missing_ok=True)
+    if again:  # SIGTERM made it leave a checkpoint
+        command = [*command, "--resume_from", "latest"]
+    else:
+        for checkpoint in checkpoints(folder):  # of other settings
+            shutil.rmtree(checkpoint)
+        started.write_text(record, encoding="utf-8")
     if device is not None:
         environment["CUDA_VISIBLE_DEVICES"] = str(device)
     print(f"{name}: started on {'the CPU' if device is None else f'GPU {device}'}", flush=True)
     with log.open("a", encoding="utf-8") as stream:
         status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment).returncode
     if status == 0:
-        (folder / RECORD).write_text(record_of(command), encoding="utf-8")
+        (folder / RECORD).write_text(record, encoding="utf-8")
     ending = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-3:])
     print(f"{name}: exit {status}\n{ending}", flush=True)
     return status

@@ -285,6 +285,30 @@ def test_what_was_made_before_is_not_made_again(module, tmp_path, capfd):
     assert (tmp_path / "b" / "log.txt").read_text().split() == ["b", "b", "b"]
 
 
+def test_a_run_that_was_cut_off_goes_on(module, tmp_path):
+    """From the checkpoint that SIGTERM made it leave, with the metrics it had; not with other settings."""
+    settings, run = tmp_path / "transformer.json", tmp_path / "a"
+    words = (
+        "import pathlib, sys; run = pathlib.Path(sys.argv[2]); print('options', sys.argv[3:]); "
+        "made = run / 'checkpoint-3'; first = not made.exists(); made.mkdir(exist_ok=True); "
+        "(made / 'state.json').touch(); (run / 'metrics.jsonl').open('a').write('x'); raise SystemExit(first)"
+    )
+    command = [sys.executable, "-c", words, str(settings), str(run)]
+
+    def options(text):
+        settings.write_text(text)
+        status = module.run_all({"a": command}, {"a": run})["a"]
+        return status, (run / "log.txt").read_text().splitlines()[-1]
+
+    assert options("{}") == (1, "options []")
+    assert options("{}") == (0, "options ['--resume_from', 'latest']")
+    assert (run / "metrics.jsonl").read_text() == "xx"
+    assert module.run_all({"a": command}, {"a": run}) == {"a": 0}  # made: not run again
+    assert (run / "metrics.jsonl").read_text() == "xx"
+    assert options('{"proxy_dim": 8}') == (1, "options []")
+    assert (run / "metrics.jsonl").read_text() == "x"
+
+
 def test_other_settings_under_the_same_name_are_another_run(module, tmp_path):
     """The command names files; what they say counts."""
     architecture, log = tmp_path / "transformer.json", tmp_path / "a" / "log.txt"
