@@ -21,8 +21,9 @@ def sizes(result: Row) -> str:
     for row in rows:
         step, start = row["seconds_per_step_at_full_size"], row.get("started_from")
         pixels = f"{row['pixels']}, refined from {start}" if start else str(row["pixels"])
+        seconds = f"{row['seconds']:.{0 if row['seconds'] >= 10 else 1}f}"
         lines.append(
-            f"| {pixels} | {row['seconds']:.0f} | {'' if step is None else f'{step:.2f}'} | "
+            f"| {pixels} | {seconds} | {'' if step is None else f'{step:.2f}'} | "
             f"{row['decode_and_write_seconds']:.1f} | {row['peak_bytes'] / 1e9:.2f} GB | "
             f"{row['planned_bytes'] / 1e9:.2f} GB |"
         )
