@@ -57,6 +57,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "line_scan-": line_scan,
     "block_kernels-": block_report.render,
     "profile-": profile_report.render,
+    "scan_reads-": scan_report.reads,
     "training-": training_report.render,
     "distillation-": training_report.distillation,
     "models-": models,

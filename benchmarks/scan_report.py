@@ -80,6 +80,29 @@ def _rest(result: dict[str, Any]) -> str:
     return " ".join(parts)
 
 
+def reads(result: dict[str, Any]) -> str:
+    """Markdown of a result of ``scan_reads.py``: shares of the copy bandwidth, at the better lookahead."""
+    lines = [
+        f"{result['gpu']}, commit {result['commit'][:8]}; shares of the copy bandwidth, "
+        f"{result['copy_bytes_per_second'] / 1e12:.2f} TB/s.",
+        "",
+        "| layout | bytes of a position | of one direction | of one block | rows read | columns read | rows "
+        "written | columns written |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    best: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in result["rows"]:
+        shares = best.setdefault((row["name"], row["pitch"], row["wanted"], row["piece"]), {})
+        for way in ("read", "written"):
+            share = row[f"{way}_bytes_per_second"] / result["copy_bytes_per_second"]
+            name = f"{row['scans']} {way}"
+            shares[name] = max(shares.get(name, 0.0), share)
+    for layout, shares in best.items():
+        found = [shares[f"{scans} {way}"] for way in ("read", "written") for scans in ("rows", "columns")]
+        lines.append(f"| {' | '.join([*map(str, layout), *(f'{share:.0%}' for share in found)])} |")
+    return "\n".join(lines)
+
+
 def svg(result: dict[str, Any]) -> str:
     """Time of the mixers over pixels, and the share of the copy bandwidth of every case."""
     rows = result["mixers"]["rows"]

@@ -2,7 +2,7 @@
 # The GPU tests and the benchmarks, by parts, from a plain checkout:
 #
 #   bash benchmarks/suite.sh tests sanitize            is the code right on this GPU         6 minutes on an H200
-#   bash benchmarks/suite.sh scan profile blocks       how fast are the kernels              6
+#   bash benchmarks/suite.sh scan profile reads blocks how fast are the kernels              8
 #   bash benchmarks/suite.sh tiles own                 every tile; our own denoiser alone    6
 #   bash benchmarks/suite.sh models pictures training  whole models, pictures, training     25
 #   bash benchmarks/suite.sh two-gpus                  on two GPUs                           4
@@ -65,6 +65,7 @@ for part in "$@"; do
       sanitize racecheck
       wait ;;
     scan) measure line-scan 330 line_scan "$PYTHON" benchmarks/line_scan.py ;;
+    reads) measure scan-reads 90 scan_reads "$PYTHON" benchmarks/scan_reads.py ;;
     profile) measure profile 240 profile "$PYTHON" benchmarks/profile_scan.py ;;
     tiles)
       measure tiles 180 tiles "$PYTHON" benchmarks/tiles.py

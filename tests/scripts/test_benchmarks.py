@@ -1,6 +1,7 @@
 """The benchmark programs, in small on a CPU: they run, runs add up, documents show what they wrote."""
 
 import importlib
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -47,6 +48,29 @@ def test_marked_parts_are_written_and_nothing_else(tmp_path):
     assert f"models-x.json -->\n{render.MISSING}\n{end}" in found
     assert f"mine.json -->\nc\n{end}" in found
     assert render.rendered(found, tmp_path) == found
+
+
+def test_reads_go_over_the_whole_picture(tmp_path):
+    """Every wanted byte of a picture belongs to one thread of one block."""
+    scan_reads = importlib.import_module("scan_reads")
+    for layout, over_columns in itertools.product(scan_reads.LAYOUTS, (False, True)):
+        way = scan_reads.walk(layout, over_columns)
+        assert way.lines * way.positions * layout.pitch == way.picture
+        assert max(way.line * way.lines, way.position * way.positions) == way.picture
+        assert way.slices * way.vectors * 16 == layout.wanted
+        assert way.stretch * way.vectors <= scan_reads.THREADS
+        assert (way.stretches - 1) * way.stretch < way.positions <= way.stretches * way.stretch
+        assert all(way.lines % ahead == 0 for ahead in scan_reads.AHEAD)
+    facts = {"gpu": "X", "commit": "abcdef0123", "copy_bytes_per_second": 4e12}
+    rates = [("rows", 2, 2e12), ("rows", 8, 3e12), ("columns", 2, 1e12), ("columns", 8, 1.2e12)]
+    one = scan_reads.LAYOUTS[0]._asdict()
+    one["written_bytes_per_second"] = 4e11
+    facts["rows"] = [
+        {**one, "scans": scans, "ahead": ahead, "read_bytes_per_second": rate} for scans, ahead, rate in rates
+    ]
+    (tmp_path / "scan_reads-x.json").write_text(json.dumps(facts))
+    text = "<!-- measured: scan_reads-x.json -->\n<!-- end of the measurements -->\n"
+    assert "| 1 channel | 16 | 16 | 16 | 75% | 30% | 10% | 10% |" in render.rendered(text, tmp_path)
 
 
 def test_counters_are_read_from_what_ncu_prints(tmp_path):
