@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,10 @@ def starting() -> Any:
 
 
 def script(name: str) -> Any:
-    """A script as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    """A script as a module; `name` is its path from scripts/ on, without the suffix."""
+    path = (ROOT / "scripts" / f"{name}.py").resolve()
+    sys.path.insert(0, str(path.parent))  # as for a program that is run
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import training
+import training_forks as forks
 import training_report
 
 
@@ -62,6 +64,18 @@ def test_runs_are_measured_and_add_up(tmp_path):
     out.write_text(json.dumps(second | {"gpu": "another"}))
     with pytest.raises(SystemExit, match="has gpu 'another'"):
         training.main([*common, "--mixers", "none"])
+
+
+def test_processes_may_share_a_gpu(tmp_path):
+    """FSDP2 in two of them, over gloo: on one GPU, or without any."""
+    out = tmp_path / "result.json"
+    options = ["--tiny", "--share_gpu", "--mixers", "gspn2", "--seconds_per_cell", "0.01", "--out", str(out)]
+    split = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+    codes = forks.train_together("../benchmarks/training", options, 2, FSDP_OFFLOAD_PARAMS="false", **split)
+    assert codes == [0, 0]
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["pixels"] for row in rows] == [32, 64]
+    assert all(row["fsdp2"] and row["shared_gpu"] and row["processes"] == 2 for row in rows)
 
 
 def test_acceptance_cells_come_first():
