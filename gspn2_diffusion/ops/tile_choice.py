@@ -48,6 +48,8 @@ def tiles(problem: Problem, clusters: Sequence[int] = (1, 2, 3, 4, 5, 7, 8, 16))
             merged = replace(tile, merged=True)
             may = size < _SHORT_ROW and len(clusters) > 1
             yield merged if may and may_merge(problem, merged) else tile
+            if may and cluster == 1 and not problem.backward:
+                yield from (replace(tile, direct=kind) for kind in (1, 2))
 
 
 def cost_terms(problem: Problem, plan: Plan, shared_limit: int, processors: int) -> tuple[float, ...]:
@@ -94,6 +96,8 @@ def estimate(problem: Problem, plan: Plan, shared_limit: int, processors: int) -
     assert plan.tile is not None
     if problem.backward and plan.tile.cluster == 3 and max(plan.widths) > _MOST_OF_THREE:
         return math.inf
+    if plan.tile.direct:
+        return math.inf  # not measured yet
     if plan.tile.merged and plan.tile.cluster not in _POWERS:
         return math.inf  # (16, 1024, 1024, 8): clusters of 5 and 7 took 2.4 ms, those of 8 2.1
     terms = cost_terms(problem, plan, shared_limit, processors)
