@@ -227,7 +227,7 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
     shared = max(tiled_shared_bytes(problem, tile, width, boxes, consumers) for width in widths)
     if shared > shared_limit:
         return None
-    if tile.stage_lines * (extended + 2) > WEIGHERS * ITEMS:
+    if tile.stage_lines * (extended + (2 if problem.backward else 0)) > WEIGHERS * ITEMS:
         return None
     slices = ceil_div(problem.channels, tile.slice)
     chunks = ceil_div(problem.lines, problem.chunk_lines)

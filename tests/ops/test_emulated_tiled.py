@@ -33,6 +33,7 @@ CASES = [  # (H, W), C, G, tile, chunk, dtype, options of the inputs (and "scans
     ((18, 13), 24, 1, Tile(4, 1, 8, 1, 0, 4, direct=1), 7, BF16, {}),
     ((30, 13), 16, 2, Tile(8, 1, 8, 1, 0, 2, direct=2), 0, BF16, {}),
     ((13, 35), 12, 1, Tile(4, 3, 8, 1, 0, 1, direct=2), 5, FP32, {"normalize": False}),  # overhangs
+    ((19, 11), 8, 1, Tile(4, 1, 8, 1, 0, 8, direct=2), 0, BF16, {}),  # stages of 8 lines
     ((9, 12), 8, 1, Tile(2, 1, 8, 1, 0, 2, direct=2), 0, FP32, {"with_u": False}),
     ((33, 40), 8, 1, Tile(4, 1, 8, 2, 4, 4, merged=True), 0, FP32, {"with_u": False}),
 ]
@@ -54,7 +55,7 @@ def test_tiles(size, channels, groups, tile, chunk, dtype, kind):
     plans = []
     for backward in (False, True):
         problem = Problem(1, *size, channels, groups, scans, chunk, dtype.itemsize, backward, tile.merged)
-        fitting = replace(tile, direct=0) if backward else tile
+        fitting = replace(tile, direct=0, stage_lines=min(4, tile.stage_lines)) if backward else tile
         plans.append(tiled_plan(problem, fitting, normalize, SHARED_LIMIT))
     assert None not in plans
     x, weight, lam, u = (None if t is None else t.detach() for t in inputs.values())

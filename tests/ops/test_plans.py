@@ -63,7 +63,8 @@ def test_every_tile_keeps_to_the_kernels_rules(problem):
             assert length - (tile.cluster - 1) * width >= max(1, tile.halo)
             assert tile.cluster * width >= length
             assert math.ceil((extended + 2) / plan.boxes) <= MAX_BOX + 1
-            assert (extended + 2) * tile.stage_lines <= WEIGHERS * ITEMS
+            around = 2 if problem.backward else 0
+            assert (extended + around) * tile.stage_lines <= WEIGHERS * ITEMS
             per_warp = 32 // lanes
             assert (plan.threads - HELPERS) // 32 * per_warp * tile.run >= extended
 

@@ -56,6 +56,7 @@ DIRECT = [  # (H, W), C, G, tile, chunk
     ((33, 65), 48, 2, Tile(8, 1, 8, 1, 0, 2), 13),
     ((90, 61), 40, 1, Tile(4, 1, 16, 1, 0, 4), 0),  # the last slice overhangs
     ((74, 50), 64, 1, Tile(8, 3, 16, 1, 0, 1), 0),
+    ((64, 60), 144, 1, Tile(4, 1, 8, 1, 0, 8), 0),
 ]
 
 
@@ -128,7 +129,7 @@ def test_merged_rows(size, channels, tile, dtype, kind):
 
 
 @pytest.mark.parametrize("kind", [{}, {"with_u": False}])
-@pytest.mark.parametrize("direct", [1, 2])
+@pytest.mark.parametrize("direct", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("size", "channels", "groups", "tile", "chunk"), DIRECT)
 def test_past_the_accelerator(size, channels, groups, tile, chunk, dtype, direct, kind):
