@@ -20,7 +20,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from line_scan import CASES, DIRECTIONS, MINIMUM_BYTES, SMALL_CHANNELS, Inputs, make_inputs, relative_error
+from line_scan import (
+    CASES,
+    DIRECTIONS,
+    MINIMUM_BYTES,
+    SMALL_CHANNELS,
+    Inputs,
+    make_inputs,
+    parse_shape,
+    relative_error,
+)
 from timing import time_graph, write_result
 
 from gspn2_diffusion.ops import cupy_backend, plane_plans, plans, scan_kernels, tile_choice
@@ -166,8 +175,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=100.0, help="for all shapes together")
     parser.add_argument("--kernels", choices=tuple(FAMILIES), default="tiled")
     parser.add_argument("--passes", choices=("forward", "backward"), help="only one of them")
-    parser.add_argument("--channels", type=int, help="only shapes with so many")
-    parser.add_argument("--lines", type=int, default=0, help="only shapes with at least so many")
+    parser.add_argument(
+        "--shapes", nargs="+", type=parse_shape, help="only these, B x H x W x C: 1x64x64x144"
+    )
     parser.add_argument("--fit", type=Path, nargs="+", help="results of this program, instead of measuring")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--commit", default=None, help="commit to record where there is no git history")
@@ -188,8 +198,7 @@ def main() -> None:
     with torch.no_grad():
         plane = options.kernels == "plane"
         passes = [kind == "backward" for kind in ("forward", "backward") if options.passes in (None, kind)]
-        shapes = [s for s in (PLANES if plane else SHAPES) if options.channels in (None, s[3])]
-        shapes = [s for s in shapes if max(s[1:3]) >= options.lines]
+        shapes = options.shapes or (PLANES if plane else SHAPES)
         todo = list(itertools.product(shapes, passes))
         for shape, backward in todo:
             rows = measure(family, shape, backward, options.seconds / len(todo))
