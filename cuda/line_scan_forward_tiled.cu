@@ -348,11 +348,13 @@ template <int CLUSTER, int DIRECT = NOTHING> __device__ __forceinline__ void lin
 
 ENTRY(1, )
 #if __CUDA_ARCH__ >= 900
+#if RUN == 1
 #define DIRECT_ENTRY(NAME, DIRECT)                                                                      \
   extern "C" __global__ void __launch_bounds__(THREADS, 1) line_scan_forward_tiled_##NAME(              \
       const __grid_constant__ Parameters a) { line_scan<1, DIRECT>(a); }
 DIRECT_ENTRY(stores_1, STORES)
 DIRECT_ENTRY(gates_1, STORES_AND_GATES)
+#endif
 ENTRY(2, __cluster_dims__(2, 1, 1))
 ENTRY(3, __cluster_dims__(3, 1, 1))
 ENTRY(4, __cluster_dims__(4, 1, 1))

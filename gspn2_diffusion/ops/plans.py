@@ -79,7 +79,7 @@ class Tile:
         stage_lines: lines that are fetched together; divides ``halo``.
         merged: the accelerator copies rows of several positions or lines, see ``struct Tile`` there.
         direct: what consumers of the forward pass move themselves, past the accelerator: nothing (0), y (1),
-            or u, too (2); without a cluster.
+            or u, too (2); of one position a thread, without a cluster.
     """
 
     vec: int
@@ -203,7 +203,7 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
         return None
     if problem.backward and (lanes > 32 or lanes & (lanes - 1)):
         return None  # sums over the lanes of a position are made by shuffles
-    if tile.direct and (problem.backward or tile.merged or tile.cluster > 1):
+    if tile.direct and (problem.backward or tile.merged or tile.cluster > 1 or tile.run > 1):
         return None
     # The accelerator reads and writes shared memory at multiples of 128 bytes.
     unit = 128 // math.gcd(128, tile.slice * problem.itemsize)

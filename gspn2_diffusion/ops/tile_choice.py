@@ -59,7 +59,7 @@ def tiles(problem: Problem, clusters: Sequence[int] = (1, 2, 3, 4, 5, 7, 8, 16))
             merged = replace(tile, merged=True)
             may = size < _SHORT_ROW and len(clusters) > 1
             yield merged if may and may_merge(problem, merged) else tile
-            if may and cluster == 1 and not problem.backward:
+            if may and cluster == run == 1 and not problem.backward:
                 yield from (replace(tile, direct=kind) for kind in (1, 2))
 
 

@@ -32,7 +32,7 @@ CASES = [  # (H, W), C, G, tile, chunk, dtype, options of the inputs (and "scans
     ((27, 24), 8, 1, Tile(8, 1, 8, 2, 8, 2, merged=True), 0, BF16, {}),
     ((18, 13), 24, 1, Tile(4, 1, 8, 1, 0, 4, direct=1), 7, BF16, {}),
     ((30, 13), 16, 2, Tile(8, 1, 8, 1, 0, 2, direct=2), 0, BF16, {}),
-    ((13, 35), 12, 1, Tile(4, 3, 8, 1, 0, 1, direct=2), 5, FP32, {"normalize": False}),  # overhangs
+    ((13, 35), 12, 1, Tile(4, 1, 8, 1, 0, 1, direct=2), 5, FP32, {"normalize": False}),  # overhangs
     ((19, 11), 8, 1, Tile(4, 1, 8, 1, 0, 8, direct=2), 0, BF16, {}),  # stages of 8 lines
     ((33, 40), 16, 1, Tile(4, 1, 16, 2, 8, 8), 0, BF16, {}),
     ((9, 12), 8, 1, Tile(2, 1, 8, 1, 0, 2, direct=2), 0, FP32, {"with_u": False}),
