@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf")
+_COLOURS = (
+    *("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e"),
+    *("#8c564b", "#17becf", "#e377c2", "#7f7f7f", "#bcbd22"),
+)
+_PLOTTED_FROM = 0.25  # share of the training before which all curves fall alike
 _MEASURES = (
     ("concept_top1/seen", "seen pairs, concept top-1"),
     ("concept_top5/seen", "seen pairs, concept top-5"),
@@ -231,28 +236,31 @@ def _resolutions(study: Mapping[str, Any], evaluations: Mapping[str, dict[str, A
 
 
 def plot(curves: Mapping[str, Sequence[Mapping[str, float]]], measure: str) -> str:
-    """An SVG line plot of a measure over pictures, one line for each run.
+    """An SVG line plot of a measure over pictures, one line for each run, without the first quarter.
 
     Args:
         curves: points of each run.
-        measure: key of the points' values.
+        measure: key of the points' values, above 0; their axis is logarithmic.
     """
+    right = max((point["pictures"] for points in curves.values() for point in points), default=0)
     lines = {
         name: [
-            (point["pictures"], point[measure]) for point in points if measure in point and point["pictures"]
+            (point["pictures"], math.log(point[measure]))
+            for point in points
+            if measure in point and point["pictures"] >= max(_PLOTTED_FROM * right, 1)
         ]
         for name, points in curves.items()
     }
     every = [point for points in lines.values() for point in points]
     if not every:
         return '<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10"/>\n'
-    right = max(x for x, _ in every)
     low, high = min(y for _, y in every), max(y for _, y in every)
-    span = (high - low) or 1.0
+    start = min(x for x, _ in every)
+    length, span = (right - start) or 1.0, (high - low) or 1.0
     wide, tall, left, top = 560, 300, 60, 20
 
     def at(x: float, y: float) -> str:
-        return f"{left + wide * x / right:.1f},{top + tall * (high - y) / span:.1f}"
+        return f"{left + wide * (x - start) / length:.1f},{top + tall * (high - y) / span:.1f}"
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + wide + 170}" height="{top + tall + 50}" '
@@ -261,10 +269,9 @@ def plot(curves: Mapping[str, Sequence[Mapping[str, float]]], measure: str) -> s
     ]
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         y, x = top + tall * share, left + wide * share
-        parts.append(
-            f'<text x="{left - 6}" y="{y + 4:.0f}" text-anchor="end">{high - span * share:.3f}</text>'
-        )
-        words = f"{right * share / 1e6:.2f}M"
+        value = math.exp(high - span * share)
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.0f}" text-anchor="end">{value:.3f}</text>')
+        words = f"{(start + length * share) / 1e6:.2f}M"
         parts.append(f'<text x="{x:.0f}" y="{top + tall + 18}" text-anchor="middle">{words}</text>')
     parts.append(f'<text x="{left + wide / 2}" y="{top + tall + 40}" text-anchor="middle">pictures</text>')
     for number, (name, points) in enumerate(lines.items()):

@@ -167,6 +167,7 @@ def test_steps_are_timed_for_every_model(monkeypatch):
 
 def test_a_plot_without_points_is_still_a_picture():
     assert plot({"a": []}, "val_train").startswith("<svg")
+    assert plot({"a": [{"pictures": 5, "val_train": 0.5}]}, "val_train").startswith("<svg")
 
 
 def test_the_committed_document_is_the_one_that_the_files_give(tmp_path):
