@@ -101,7 +101,7 @@ for part in "$@"; do
       ACCELERATE_USE_FSDP=true FSDP_VERSION=2 FSDP_RESHARD_AFTER_FORWARD=true FSDP_OFFLOAD_PARAMS=false \
         GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} \
         measure training-fsdp2 120 training bash -c 'on_two "$@"' - benchmarks/training.py --capped --share_gpu ;;
-    ablations) study ablations 400 50 5 --no-evaluate ${VARIANTS:+--variants "$VARIANTS"} ;;
+    ablations) study ablations 400 50 4 --no-evaluate ${VARIANTS:+--variants "$VARIANTS"} ;;
     mixers) study mixers 1500 100 1 ${VARIANTS:+--variants "$VARIANTS"} ;;
     *) echo "no part $part; without arguments all are listed" >&2; exit 2 ;;
   esac
