@@ -45,7 +45,7 @@ class Tiled:
     """The tiled kernels' choices and what they are estimated by."""
 
     tile = Tile
-    fields = ("vec", "run", "slice", "cluster", "halo", "stage_lines", "merged", "direct")
+    fields = ("vec", "run", "slice", "cluster", "halo", "stage_lines", "merged")
     candidates = staticmethod(tile_choice.tiles)
     plan = staticmethod(plans.tiled_plan)
     choose = staticmethod(tile_choice.choose_tile)

@@ -36,10 +36,7 @@ struct Memory {
   }
 };
 
-// What consumers move themselves, past the accelerator, which has fewer short rows to move then: y, or u, too.
-enum Direct { NOTHING, STORES, STORES_AND_GATES };
-
-template <int DIRECT> struct Copier {
+struct Copier {
   const Parameters& a;
   const Tile& k;
   const Memory& m;
@@ -59,13 +56,12 @@ template <int DIRECT> struct Copier {
     if (line >= k.end) return;
     const int boxes = boxes_of(a.tiling), kind = k.direction >> 1, low = lowest(line);
     const Corner wide(k, slice, k.start - k.halo, low), narrow(k, slice, k.start, low);
-    const bool gates = a.u && DIRECT != STORES_AND_GATES;
-    const int positions = boxes * (2 * m.wide.box_positions + (gates ? m.narrow.box_positions : 0));
+    const int positions = boxes * (2 * m.wide.box_positions + (a.u ? m.narrow.box_positions : 0));
     int64* const barrier = m.barriers + slot;
     expect_bytes(barrier, positions * capacity * slice * (int)sizeof(scalar_t));
     copy_stage(m.x + slot * m.wide.elements, m.wide, boxes, a.x_map[kind], wide, 0, k.batch, barrier);
     copy_stage(m.lam + slot * m.wide.elements, m.wide, boxes, a.lam_map[kind], wide, k.slot, k.batch, barrier);
-    if (gates) copy_stage(m.u + slot * m.narrow.elements, m.narrow, boxes, a.u_map[kind], narrow, k.slot, k.batch, barrier);
+    if (a.u) copy_stage(m.u + slot * m.narrow.elements, m.narrow, boxes, a.u_map[kind], narrow, k.slot, k.batch, barrier);
   }
   // Of the lines of a stage that begins at `line`, the lowest one in memory.
   __device__ int lowest(int line) const { return k.direction & 1 ? k.lines - line - capacity : line; }
@@ -76,7 +72,7 @@ template <int DIRECT> struct Copier {
     const int first = k.start / k.together;
     for (int j = 0; j < lines && !k.across; ++j) {
       const int row = backwards ? k.lines - 1 - line - j : line + j, place = backwards ? capacity - 1 - j : j;
-      for (int n = 0; n < boxes && DIRECT == NOTHING; ++n)
+      for (int n = 0; n < boxes; ++n)
         store_box(a.y_map[kind], k.channel, first + n * m.narrow.box_positions, row, k.slot, k.batch,
                   m.u + slot * m.narrow.elements + n * m.narrow.box_elements + place * m.narrow.box_positions * slice);
       if (a.state && boxes == 1)
@@ -146,7 +142,7 @@ struct Line {
   }
 };
 
-template <int CLUSTER, int DIRECT>
+template <int CLUSTER>
 __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k, const Memory& m, int thread, int stages) {
   const int capacity = (int)a.tiling.stage_lines, total = k.end - k.begin;
   const bool normalize = a.tiling.normalize;
@@ -159,7 +155,7 @@ __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k,
     });
   };
 #if !ACCELERATOR
-  const Copier<DIRECT> copier(a, k, m);
+  const Copier copier(a, k, m);
 #pragma unroll 1
   for (int stage = 0; stage < STAGES - 1; ++stage) copier.fetch(stage, thread);
   wait_copies<STAGES - 2>();
@@ -184,9 +180,9 @@ __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k,
 #endif
 }
 
-template <int CLUSTER, int DIRECT>
+template <int CLUSTER>
 __device__ __forceinline__ void copy_stages(const Parameters& a, const Tile& k, const Memory& m, int lane, int stages) {
-  const Copier<DIRECT> copier(a, k, m);
+  const Copier copier(a, k, m);
   const int capacity = (int)a.tiling.stage_lines, total = k.end - k.begin;
 #if ACCELERATOR
   if (lane == 0) {
@@ -212,7 +208,7 @@ __device__ __forceinline__ void copy_stages(const Parameters& a, const Tile& k, 
 #endif
 }
 
-template <int CLUSTER, int DIRECT>
+template <int CLUSTER>
 __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& k, const Memory& m, int thread, int stages) {
   const int slice = (int)a.tiling.slice, capacity = (int)a.tiling.stage_lines, consumers = (int)a.tiling.consumers;
   const int border = border_elements(consumers, slice);
@@ -234,7 +230,6 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
     at_wide[r] = m.wide.at(q, pitch) + at.c, at_narrow[r] = m.narrow.at(own[r] ? q - k.halo : 0, pitch) + at.c;
   }
   scalar_t* state = a.state + vy.at(k.begin, k.start - k.halo + at.first) + at.c;
-  scalar_t* y = a.y + vy.at(k.begin, k.start - k.halo + at.first) + at.c;
   Carry h;
 #pragma unroll
   for (int r = 0; r < RUN; ++r)
@@ -249,34 +244,11 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
   float* current = m.border + border;
   int since = 0, exchanges = 0;  // lines since the last exchange
   if (CLUSTER > 1 && thread == 0) exchange.setup();
-  const View vu = view_along(k.direction, k.lines, k.batch * a.u_b + k.slot * a.u_d + k.channel, a.u_h, a.u_w);
-  // A thread's own gates of a stage: nobody else reads them, so nobody else waits for them.
-  const auto fetch_gates = [&](int stage) {
-    scalar_t* const to = m.u + stage % STAGES * m.narrow.elements + first_line * narrow_line;
-#pragma unroll 1
-    for (int j = 0; j < capacity; ++j) {
-      const int line = k.begin + stage * capacity + j;
-#pragma unroll
-      for (int r = 0; r < RUN; ++r)
-        if (own[r] && line < k.end)
-          copy_async<VEC * (int)sizeof(scalar_t)>(shared_address(to + at_narrow[r] + j * narrow_step),
-                                                  a.u + vu.at(line, k.start - k.halo + at.first + r) + at.c,
-                                                  VEC * (int)sizeof(scalar_t));
-    }
-    commit_copies_async();
-  };
-  if constexpr (DIRECT == STORES_AND_GATES)
-    for (int stage = 0; stage < STAGES - 1 && a.u; ++stage) fetch_gates(stage);
   cluster_barrier<CLUSTER>();
 
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
     const int lines = min(capacity, k.end - k.begin - stage * capacity), slot = stage % STAGES;
-    if constexpr (DIRECT == STORES_AND_GATES)
-      if (a.u) {
-        fetch_gates(stage + STAGES - 1);
-        wait_copies_async<STAGES - 1>();
-      }
 #if ACCELERATOR
     wait_barrier(m.barriers + slot, stage / STAGES & 1);
 #endif
@@ -304,15 +276,12 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
           float out[VEC];
 #pragma unroll
           for (int n = 0; n < VEC; ++n) out[n] = to_float(next.gate[r].element[n]) * h.value[r][n];
-          if constexpr (DIRECT != NOTHING) store(y + r * vy.position, out);
-          else store(u + at_narrow[r], out);
+          store(u + at_narrow[r], out);
         } else {
-          if constexpr (DIRECT != NOTHING) store(y + r * vy.position, h.value[r]);
-          else store(u + at_narrow[r], h.value[r]);
+          store(u + at_narrow[r], h.value[r]);
         }
       }
       state += vy.line;
-      if constexpr (DIRECT != NOTHING) y += vy.line;
       float* const swap = current;
       current = previous, previous = swap;
       if (CLUSTER > 1 && ++since == k.halo) since = 0, ++exchanges;
@@ -326,7 +295,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
   }
 }
 
-template <int CLUSTER, int DIRECT = NOTHING> __device__ __forceinline__ void line_scan(const Parameters& a) {
+template <int CLUSTER> __device__ __forceinline__ void line_scan(const Parameters& a) {
   SHARED_MEMORY(shared);
   const Tile k = make_tile<CLUSTER>(a.tiling);
   if (k.begin >= k.end) return;  // the whole cluster: directions with fewer lines have fewer chunks
@@ -334,11 +303,11 @@ template <int CLUSTER, int DIRECT = NOTHING> __device__ __forceinline__ void lin
   const int thread = threadIdx.x, consumers = (int)a.tiling.consumers, capacity = (int)a.tiling.stage_lines;
   const int stages = (k.end - k.begin + capacity - 1) / capacity;
   if (thread < consumers) {
-    consume_stages<CLUSTER, DIRECT>(a, k, m, thread, stages);
+    consume_stages<CLUSTER>(a, k, m, thread, stages);
   } else if (thread < consumers + WEIGHERS) {
-    weigh_stages<CLUSTER, DIRECT>(a, k, m, thread - consumers, stages);
+    weigh_stages<CLUSTER>(a, k, m, thread - consumers, stages);
   } else {
-    copy_stages<CLUSTER, DIRECT>(a, k, m, thread - consumers - WEIGHERS, stages);
+    copy_stages<CLUSTER>(a, k, m, thread - consumers - WEIGHERS, stages);
   }
 }
 
@@ -348,13 +317,6 @@ template <int CLUSTER, int DIRECT = NOTHING> __device__ __forceinline__ void lin
 
 ENTRY(1, )
 #if __CUDA_ARCH__ >= 900
-#if RUN == 1
-#define DIRECT_ENTRY(NAME, DIRECT)                                                                      \
-  extern "C" __global__ void __launch_bounds__(THREADS, 1) line_scan_forward_tiled_##NAME(              \
-      const __grid_constant__ Parameters a) { line_scan<1, DIRECT>(a); }
-DIRECT_ENTRY(stores_1, STORES)
-DIRECT_ENTRY(gates_1, STORES_AND_GATES)
-#endif
 ENTRY(2, __cluster_dims__(2, 1, 1))
 ENTRY(3, __cluster_dims__(3, 1, 1))
 ENTRY(4, __cluster_dims__(4, 1, 1))

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 STAGES, WEIGHERS, ITEMS = 4, 128, 4  # as in cuda/tiled.cuh
 HELPERS = WEIGHERS + 32  # threads beside the consumers
-_DIRECT = ("", "_stores", "_gates")  # entry points
 MAX_GRID = 2**31 - 1
 MAX_BOX = 256  # positions that the tensor memory accelerator copies at once
 _GENERIC_THREADS = 512  # __launch_bounds__ of the generic kernels
@@ -78,8 +77,6 @@ class Tile:
         halo: lines between two exchanges of a cluster, 0 without one.
         stage_lines: lines that are fetched together; divides ``halo``.
         merged: the accelerator copies rows of several positions or lines, see ``struct Tile`` there.
-        direct: what consumers of the forward pass move themselves, past the accelerator: nothing (0), y (1),
-            or u, too (2); of one position a thread, without a cluster.
     """
 
     vec: int
@@ -89,7 +86,6 @@ class Tile:
     halo: int
     stage_lines: int
     merged: bool = False
-    direct: int = 0
 
     @property
     def most_threads(self) -> int:
@@ -203,8 +199,6 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
         return None
     if problem.backward and (lanes > 32 or lanes & (lanes - 1)):
         return None  # sums over the lanes of a position are made by shuffles
-    if tile.direct and (problem.backward or tile.merged or tile.cluster > 1 or tile.run > 1):
-        return None
     # The accelerator reads and writes shared memory at multiples of 128 bytes.
     unit = 128 // math.gcd(128, tile.slice * problem.itemsize)
     if tile.halo % unit or tile.halo % tile.stage_lines or (tile.merged and not may_merge(problem, tile)):
@@ -227,7 +221,7 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
     shared = max(tiled_shared_bytes(problem, tile, width, boxes, consumers) for width in widths)
     if shared > shared_limit:
         return None
-    if tile.stage_lines * (extended + (2 if problem.backward else 0)) > WEIGHERS * ITEMS:
+    if tile.stage_lines * (extended + 2) > WEIGHERS * ITEMS:
         return None
     slices = ceil_div(problem.channels, tile.slice)
     chunks = ceil_div(problem.lines, problem.chunk_lines)
@@ -238,7 +232,7 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
     name = "line_scan_backward_tiled" if problem.backward else "line_scan_forward_tiled"
     return Plan(
         source=name,
-        entry=f"{name}{_DIRECT[tile.direct]}_{tile.cluster}",
+        entry=f"{name}_{tile.cluster}",
         vec=tile.vec,
         run=tile.run,
         grid=grid,

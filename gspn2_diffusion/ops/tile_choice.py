@@ -10,18 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from gspn2_diffusion.ops.plans import (
-    HELPERS,
-    ITEMS,
-    RUNS,
-    WEIGHERS,
-    Plan,
-    Problem,
-    Tile,
-    ceil_div,
-    may_merge,
-    tiled_plan,
-)
+from gspn2_diffusion.ops.plans import HELPERS, RUNS, Plan, Problem, Tile, ceil_div, may_merge, tiled_plan
 
 # Which tile: the one with the lowest estimated time. Nanoseconds for one line of one wave of blocks, for each
 # of the terms of `cost_terms`, fitted to tiles of 22 shapes measured on an H200 in bfloat16. Clusters of 3, 5
@@ -54,13 +43,11 @@ def tiles(problem: Problem, clusters: Sequence[int] = (1, 2, 3, 4, 5, 7, 8, 16))
     exact = [size for size in _CHUNKS if problem.per_group % (size * chunk) == 0]
     overhang = len(clusters) > 1 and 0 < max(exact, default=0) < _SHORT_ROW
     for size, (vec, run), cluster in itertools.product(_CHUNKS if overhang else exact, RUNS, clusters):
-        for stage_lines, halo in itertools.product((1, 2, 4, 8), (0,) if cluster == 1 else (2, 4, 8)):
+        for stage_lines, halo in itertools.product((1, 2, 4), (0,) if cluster == 1 else (2, 4, 8)):
             tile = Tile(vec * 2 // problem.itemsize, run, size * chunk, cluster, halo, stage_lines)
             merged = replace(tile, merged=True)
             may = size < _SHORT_ROW and len(clusters) > 1
             yield merged if may and may_merge(problem, merged) else tile
-            if may and cluster == run == 1 and not problem.backward:
-                yield from (replace(tile, direct=kind) for kind in (1, 2))
 
 
 def cost_terms(problem: Problem, plan: Plan, shared_limit: int, processors: int) -> tuple[float, ...]:
@@ -103,14 +90,10 @@ def cost_terms(problem: Problem, plan: Plan, shared_limit: int, processors: int)
 
 
 def estimate(problem: Problem, plan: Plan, shared_limit: int, processors: int) -> float:
-    """Estimated nanoseconds of a tiled launch; infinite for one that is poor, or not measured yet."""
+    """Estimated nanoseconds of a tiled launch; infinite for one that is known to be poor."""
     assert plan.tile is not None
     if problem.backward and plan.tile.cluster == 3 and max(plan.widths) > _MOST_OF_THREE:
         return math.inf
-    tile = plan.tile
-    most = tile.stage_lines * (max(plan.widths) + 2 * tile.halo + 2)
-    if tile.direct or tile.stage_lines == 8 or most > WEIGHERS * ITEMS:
-        return math.inf  # not measured yet
     if plan.tile.merged and plan.tile.cluster not in _POWERS:
         return math.inf  # (16, 1024, 1024, 8): clusters of 5 and 7 took 2.4 ms, those of 8 2.1
     terms = cost_terms(problem, plan, shared_limit, processors)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from emulate import SHARED_LIMIT, emulated, needs_compiler
@@ -30,12 +28,6 @@ CASES = [  # (H, W), C, G, tile, chunk, dtype, options of the inputs (and "scans
     ((16, 18), 24, 1, Tile(8, 1, 16, 2, 4, 4), 0, BF16, {}),  # the last slice overhangs
     ((3, 270), 8, 1, Tile(4, 3, 8, 1, 0, 1), 0, FP32, {"scans": (1, 0)}),  # a line in two boxes
     ((27, 24), 8, 1, Tile(8, 1, 8, 2, 8, 2, merged=True), 0, BF16, {}),
-    ((18, 13), 24, 1, Tile(4, 1, 8, 1, 0, 4, direct=1), 7, BF16, {}),
-    ((30, 13), 16, 2, Tile(8, 1, 8, 1, 0, 2, direct=2), 0, BF16, {}),
-    ((13, 35), 12, 1, Tile(4, 1, 8, 1, 0, 1, direct=2), 5, FP32, {"normalize": False}),  # overhangs
-    ((19, 11), 8, 1, Tile(4, 1, 8, 1, 0, 8, direct=2), 0, BF16, {}),  # stages of 8 lines
-    ((33, 40), 16, 1, Tile(4, 1, 16, 2, 8, 8), 0, BF16, {}),
-    ((9, 12), 8, 1, Tile(2, 1, 8, 1, 0, 2, direct=2), 0, FP32, {"with_u": False}),
     ((33, 40), 8, 1, Tile(4, 1, 8, 2, 4, 4, merged=True), 0, FP32, {"with_u": False}),
 ]
 
@@ -56,8 +48,7 @@ def test_tiles(size, channels, groups, tile, chunk, dtype, kind):
     plans = []
     for backward in (False, True):
         problem = Problem(1, *size, channels, groups, scans, chunk, dtype.itemsize, backward, tile.merged)
-        fitting = replace(tile, direct=0, stage_lines=min(4, tile.stage_lines)) if backward else tile
-        plans.append(tiled_plan(problem, fitting, normalize, SHARED_LIMIT))
+        plans.append(tiled_plan(problem, tile, normalize, SHARED_LIMIT))
     assert None not in plans
     x, weight, lam, u = (None if t is None else t.detach() for t in inputs.values())
     dy = torch.randn(lam.shape, generator=torch.Generator().manual_seed(1)).to(dtype)

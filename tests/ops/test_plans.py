@@ -63,8 +63,7 @@ def test_every_tile_keeps_to_the_kernels_rules(problem):
             assert length - (tile.cluster - 1) * width >= max(1, tile.halo)
             assert tile.cluster * width >= length
             assert math.ceil((extended + 2) / plan.boxes) <= MAX_BOX + 1
-            around = 2 if problem.backward else 0
-            assert (extended + around) * tile.stage_lines <= WEIGHERS * ITEMS
+            assert (extended + 2) * tile.stage_lines <= WEIGHERS * ITEMS
             per_warp = 32 // lanes
             assert (plan.threads - HELPERS) // 32 * per_warp * tile.run >= extended
 

@@ -51,14 +51,6 @@ MERGED = [  # (H, W), C, tile of elements of two bytes
     ((310, 320), 8, Tile(4, 1, 8, 8, 8, 4, merged=True)),
 ]
 
-DIRECT = [  # (H, W), C, G, tile, chunk
-    ((64, 64), 32, 1, Tile(4, 1, 8, 1, 0, 4), 0),
-    ((33, 65), 48, 2, Tile(8, 1, 8, 1, 0, 2), 13),
-    ((90, 61), 40, 1, Tile(4, 1, 16, 1, 0, 4), 0),  # the last slice overhangs
-    ((74, 50), 64, 1, Tile(8, 1, 16, 1, 0, 2), 0),
-    ((64, 60), 144, 1, Tile(4, 1, 8, 1, 0, 8), 0),
-]
-
 
 def run_tile(inputs, dy, tile, chunk=0, normalize=True):
     """``y`` and the gradients of a launch with this tile; the gradients' launch may need a smaller one."""
@@ -69,8 +61,6 @@ def run_tile(inputs, dy, tile, chunk=0, normalize=True):
     for backward in (False, True):
         problem = Problem(*x.shape, groups, (0, 1, 2, 3), chunk, x.element_size(), backward, tile.merged)
         smaller = [tile, *(replace(tile, stage_lines=n) for n in (4, 2, 1) if n < tile.stage_lines)]
-        if backward:
-            smaller = [replace(each, direct=0) for each in smaller]
         found = [p for p in (tiled_plan(problem, t, normalize, limit) for t in smaller) if p is not None]
         assert found, f"{tile} does not fit {tuple(x.shape)}"
         plans.append(found[0])
@@ -126,16 +116,6 @@ def test_merged_rows(size, channels, tile, dtype, kind):
     if tile.cluster not in cupy_backend.clusters(0):
         pytest.skip("this GPU has no clusters")
     assert_tile_matches(size, channels, 1, tile, 0, dtype, **kind)
-
-
-@pytest.mark.parametrize("kind", [{}, {"with_u": False}])
-@pytest.mark.parametrize("direct", [0, 1, 2])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("size", "channels", "groups", "tile", "chunk"), DIRECT)
-def test_past_the_accelerator(size, channels, groups, tile, chunk, dtype, direct, kind):
-    if len(cupy_backend.clusters(0)) == 1:
-        pytest.skip("this GPU has no accelerator")
-    assert_tile_matches(size, channels, groups, replace(tile, direct=direct), chunk, dtype, **kind)
 
 
 @pytest.mark.parametrize("kind", [{"with_u": False}, {"normalize": False}])
