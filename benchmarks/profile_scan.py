@@ -4,9 +4,9 @@
     python benchmarks/profile_scan.py --shapes 1x256x256x144       other shapes, B x H x W x C
 
 Of one forward and one backward launch of each shape, in all directions, then of the scans over rows and of
-those over columns alone: time, bytes that came from and went to DRAM beside
-those that inputs and outputs have, shares of the peak, and the reasons for which warps did not issue, in
-cycles that a warp waits for each of its instructions.
+those over columns alone: time, bytes that came from and went to DRAM beside those that inputs and outputs
+have, shares of the peak, and the reasons for which warps did not issue, in cycles that a warp waits for each
+of its instructions.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from line_scan import make_inputs, parse_shape
 from timing import write_result
 
 SHAPES = ["1x64x64x144", "1x256x256x144", "1x1024x1024x144", "16x1024x1024x8", "64x1024x1024x1"]
 STALLS = (
     *("barrier", "branch_resolve", "branch_resolving", "dispatch_stall", "drain", "lg_throttle"),
-    *("long_scoreboard",),
-    *("math_pipe_throttle", "membar", "mio_throttle", "no_instruction", "not_selected", "short_scoreboard"),
-    *("sleeping", "wait"),
+    *("long_scoreboard", "math_pipe_throttle", "membar", "mio_throttle", "no_instruction", "not_selected"),
+    *("short_scoreboard", "sleeping", "wait"),
 )
 COUNTERS = {
     "microseconds": "gpu__time_duration.sum",
@@ -58,8 +58,6 @@ def needed_bytes(shape: Sequence[int], backward: bool, scans: str) -> int:
 
 def launch_all(shapes: Iterable[tuple[int, int, int, int]], apart: bool) -> None:
     """A forward and a backward launch of each shape and SCANS; only these are seen by the profiler."""
-    import torch
-
     from gspn2_diffusion.ops import scan_kernels
 
     runtime = torch.cuda.cudart()

@@ -39,7 +39,9 @@ measure() {
   [ -f "$target" ] || cp "benchmarks/results/${target##*/}" "$target" 2> /dev/null
   run "$name" "$limit" "$@" --out "$target" ${COMMIT:+--commit "$COMMIT"}
 }
-on_two() { $PYTHON -m torch.distributed.run --nproc-per-node 2 "$@"; }
+on_two() { $PYTHON -m torch.distributed.run --nproc-per-node 2 "$@"; }  # measure calls it in a shell of its own
+export -f on_two
+export PYTHON
 sanitize() {
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$1" 300 compute-sanitizer --tool "$1" --error-exitcode 1 \
     "$PYTHON" scripts/sanitize_kernels.py
@@ -85,8 +87,6 @@ for part in "$@"; do
       train short --pixels 256 1024 --compile no
       train compiled --pixels 512 2048 --compile yes --models embedded ;;
     two-gpus)
-      export -f on_two
-      export PYTHON
       ddp="--models embedded --pixels 256 --mixers gspn2 --compile no"
       measure two-gpus 120 several-gpus bash -c 'on_two "$@"' - benchmarks/two_gpus.py
       train one $ddp
@@ -96,8 +96,6 @@ for part in "$@"; do
         --config_file configs/accelerate/fsdp2.yaml benchmarks/training.py --capped ;;
     fsdp2-on-one)
       train capped-one --capped
-      export -f on_two
-      export PYTHON
       ACCELERATE_USE_FSDP=true FSDP_VERSION=2 FSDP_RESHARD_AFTER_FORWARD=true FSDP_OFFLOAD_PARAMS=false \
         GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} \
         measure training-fsdp2 120 training bash -c 'on_two "$@"' - benchmarks/training.py --capped --share_gpu ;;

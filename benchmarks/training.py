@@ -37,7 +37,6 @@ from typing import Any
 
 import torch
 from result_files import RESULTS, device_name, merge, start, write
-from torch.distributed.fsdp import FSDPModule
 from training_cells import PIXELS, TEXT_TOKENS, TOKENS_IN_BATCH, CachedRows, Cell, build_model
 from training_report import KEY, summary
 
@@ -60,10 +59,6 @@ def measure(run: Run, cell: Cell, batch_size: int, seconds: float) -> dict[str, 
     with run.device:
         model = build_model(cell)
     state = prepare_state(run, model, plain_config(model))
-    if run.fsdp and torch.distributed.get_backend() == "gloo":  # which may not know averages
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.set_force_sum_reduction_for_comms(True)
     with tempfile.TemporaryDirectory(dir=run.output) as folder:
         source = CachedRows(run, Path(folder), model, cell, batch_size)
         task = DenoiserTask(run, config, source, state, source)  # type: ignore[arg-type]

@@ -166,7 +166,7 @@ def asked_for(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Configurations of the variants, by name.
 
     Raises:
-        ValueError: a variant that the study does not have, or none of them may run at once.
+        ValueError: a variant that the study does not have, or ``--at_once`` below 1.
     """
     from gspn2_diffusion.evaluation.comparison import variants
 

@@ -43,6 +43,11 @@ def shard_model(module: nn.Module, mesh: Any, reshard_after_forward: bool, offlo
         if type(child).__name__ in names and any(True for _ in child.parameters()):
             fully_shard(child, **options)
     fully_shard(module, **options)
+    if dist.get_backend(mesh.get_group()) == "gloo":  # which knows no averages in older versions of torch
+        for child in module.modules():
+            reduce_by_sums = getattr(child, "set_force_sum_reduction_for_comms", None)
+            if reduce_by_sums is not None:
+                reduce_by_sums(True)
     return module
 
 
