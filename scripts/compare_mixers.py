@@ -12,9 +12,10 @@ study may be made in several calls; runs and judgements that --work holds from a
 repeated, and a run that SIGTERM cut off goes on from its checkpoint. With --at_once variants share a GPU,
 since setting up a short run takes longer than training it; steps are then timed at the end, with the GPU to
 themselves. "collect" takes into that file what runs measured that lie in --work, from another machine
-perhaps; it wants the options that they were trained with. "report" makes docs/results.md from the files in
-benchmarks/results; "sheet" makes docs/results-transfer.webp from the sheets that judging at several --sizes
-left in --work. Options after "--" go to scripts/train_text_to_image.py unchanged.
+perhaps, or with --files what other files of the study know; it wants the options of the training. "report"
+makes docs/results.md from the files in benchmarks/results; "sheet" makes docs/results-transfer.webp from the
+sheets that judging at several --sizes left in --work. Options after "--" go to
+scripts/train_text_to_image.py unchanged.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--work", type=Path, default=Path("runs/comparison"), help="folder of the runs")
     add("--results", type=Path, default=RESULTS)
+    add("--files", type=Path, nargs="+", default=[], help="for collect: result files of the same study")
     add("--document", type=Path, default=ROOT / "docs" / "results.md")
     add("--judge", type=Path, default=None, help="folder of a saved judge")
     add("--evaluate", action=argparse.BooleanOptionalAction, default=True)
@@ -130,11 +132,17 @@ def train(given: argparse.Namespace, passed: Sequence[str]) -> Path:
 
 
 def collect(given: argparse.Namespace, passed: Sequence[str]) -> None:
-    """Take in the runs of --work that reached the last step with these settings.
+    """Take in what other files know, or the runs of --work that reached the last step with these settings.
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: a file is of other settings.
     """
+    for path in given.files:
+        environment = json.loads(path.read_text(encoding="utf-8"))["environment"]
+        print(f"{path}: {', '.join(study_file(given, passed, environment).take(path)) or 'nothing new'}")
+    if given.files:
+        return
     work, names = given.work / given.study, []
     for name, config in asked_for(given).items():
         run = finished_run(given, work / name, config)

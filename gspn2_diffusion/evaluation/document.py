@@ -36,6 +36,10 @@ _BASE = (
     "weights shared by all channels, four directions, no chunks, local perception. The others change one of "
     "these, so they differ in parameters, too."
 )
+_WIDE = (
+    " `gspn2-proxy-C/2` has proxies twice as wide as `gspn2` and pays for them with a narrower feed-forward; "
+    "it was trained, not judged."
+)
 _TRANSFER = (
     "The same weights, trained at 256 px alone, at other sizes. Line scans are kept in balance there "
     "(`balance_scans` of the pipeline), softmax attention has axial rotary positions; "
@@ -138,10 +142,11 @@ def _study(facts: Mapping[str, Any], name: str, folder: Path) -> str:
     variants: dict[str, Any] = facts["variants"]
     settings, environment = facts["settings"], facts["environment"]
     first = next(iter(variants.values()))
+    days = sorted({facts.get("made", environment)["date"][:10] for facts in variants.values()})
     start = (
         f"Each variant was trained for {settings['steps']:,} steps of {settings['batch']} pictures "
         f"({first['pictures']:,}) from seed {settings['seed']}, in the same order, on one "
-        f"{environment['gpu']} ({environment['date'][:10]}, torch {environment['torch']})."
+        f"{environment['gpu']} ({', '.join(days)}, torch {environment['torch']})."
     )
     if first.get("step_milliseconds_alone"):
         start += (
@@ -150,6 +155,8 @@ def _study(facts: Mapping[str, Any], name: str, folder: Path) -> str:
         )
     if "base" in variants:
         start += _BASE
+    if "gspn2-proxy-C/2" in variants:
+        start += _WIDE
     curves = {key: value["validation"] for key, value in variants.items()}
     _write(folder / f"results-{name}.svg", plot(curves, "val_unseen_pair"))
     failed = f"\n\nFailed runs: {', '.join(facts['failed'])}." if facts["failed"] else ""

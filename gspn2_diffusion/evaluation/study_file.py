@@ -12,6 +12,15 @@ from gspn2_diffusion.evaluation.comparison import count_parameters, read_run
 from gspn2_diffusion.evaluation.report import write_json
 
 
+def _origin(environment: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: environment.get(key) for key in ("date", "commit", "gpu")}
+
+
+def _with_origin(facts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Variants of a file, each with where it was made, which older files say for all of them together."""
+    return {name: {"made": _origin(facts["environment"]), **v} for name, v in facts["variants"].items()}
+
+
 class StudyFile:
     """Variants by name, of one study and one set of settings; several threads may add to it.
 
@@ -42,7 +51,7 @@ class StudyFile:
         if path.is_file():
             known = json.loads(path.read_text(encoding="utf-8"))
             if known["settings"] == self._head["settings"]:
-                self.variants = dict(known["variants"])
+                self.variants = _with_origin(known)
             else:
                 print(f"{path} was made with other settings, {known['settings']}: it is replaced")
 
@@ -57,8 +66,34 @@ class StudyFile:
             measured |= {"step_milliseconds": None, "pictures_per_second": None}
         facts = {"config": dict(config), "parameters": count_parameters(config), **measured}
         with self._lock:
-            self.variants[name] = {**facts, "evaluation": None}
+            self.variants[name] = {**facts, "evaluation": None, "made": _origin(self._head["environment"])}
             self._write([])
+
+    def take(self, path: Path) -> list[str]:
+        """Add what another file of the study knows: its variants, and what is missing about the same runs.
+
+        Returns:
+            Names of the variants that something was learnt about.
+
+        Raises:
+            ValueError: that file is of another study or other settings.
+        """
+        other = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("study", "settings"):
+            if other[key] != self._head[key]:
+                raise ValueError(f"{path} has {key} {other[key]!r}; allowed: {self._head[key]!r}")
+        found: dict[str, dict[str, Any]] = {}
+        for name, facts in _with_origin(other).items():
+            mine = self.variants.get(name)
+            if mine is None:
+                found[name] = facts
+            elif mine["validation"] == facts["validation"]:  # the same run
+                found[name] = {k: v for k, v in facts.items() if v is not None and mine.get(k) is None}
+        with self._lock:
+            for name, facts in found.items():
+                self.variants[name] = {**self.variants.get(name, {}), **facts}
+            self._write([])
+        return [name for name, facts in found.items() if facts]
 
     def add(self, found: Mapping[str, Mapping[str, Any]]) -> None:
         """Add facts to variants that are in the file, by name."""

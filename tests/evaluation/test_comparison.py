@@ -355,6 +355,43 @@ def test_runs_of_another_machine_are_collected(module, tmp_path):
         module.main([str(o) for o in [*options, "--batch", "11"]])
 
 
+def test_other_files_of_a_study_are_collected(module, tmp_path):
+    """What is known stays, what is missing comes, each variant with where it was made."""
+
+    def write(path, commit, variants, steps=8):
+        settings = {"steps": steps, "batch": 10, "seed": 0, "other": []}
+        facts = {"study": "ablations", "settings": settings, "variants": variants, "failed": []}
+        made = {"date": "2026-11-20T00:00:00", "commit": commit, "gpu": "NVIDIA H200", "torch": "2.11.0"}
+        path.write_text(json.dumps(facts | {"environment": made}))
+        return path
+
+    def run(loss, **facts):
+        last = {"step": 8, "pictures": 80, "val_unseen_pair": loss}
+        return {"parameters": 1000, "pictures": 80, "validation": [last], "evaluation": None, **facts}
+
+    own = write(tmp_path / "ablations.json", "abc", {"base": run(0.5)})
+    later = {"base": run(0.5, step_milliseconds=7.0, memory_gib=1.0), "proxy-C/8": run(0.6)}
+    first = write(tmp_path / "1.json", "def", later)
+    second = write(tmp_path / "2.json", "0f0", {"base": run(0.4, memory_gib=2.0), "proxy-C/2": run(0.3)})
+    options = ["collect", "--study", "ablations", "--results", tmp_path, "--steps", "8", "--batch", "10"]
+    module.main([str(o) for o in [*options, "--files", first, second]])
+    found = json.loads(own.read_text())["variants"]
+    assert list(found) == ["base", "proxy-C/2", "proxy-C/8"]
+    assert {name: facts["made"]["commit"] for name, facts in found.items()} == {
+        "base": "abc",
+        "proxy-C/2": "0f0",
+        "proxy-C/8": "def",
+    }
+    base = found["base"]  # of the second file it is another run
+    assert (base["step_milliseconds"], base["memory_gib"]) == (7.0, 1.0)
+    assert base["validation"][-1]["val_unseen_pair"] == 0.5
+    before = own.read_text()
+    other = write(tmp_path / "3.json", "abc", {"proxy-C/16": run(0.1)}, steps=9)
+    with pytest.raises(SystemExit, match=r"3\.json has settings"):
+        module.main([str(o) for o in [*options, "--files", other]])
+    assert own.read_text() == before
+
+
 def test_what_is_trained_is_written_at_once(module, tmp_path, monkeypatch):
     """A study that is cut off keeps what it knows."""
 
