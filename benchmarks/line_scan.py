@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -207,18 +208,23 @@ def measure_mixers(side: int, replays: int) -> dict[str, float]:
     return times
 
 
-def host_microseconds(calls: int = 200) -> float:
-    """Host time of one ``line_scan`` call without gradients, checks included, after warm-up."""
+def host_microseconds(calls: int = 200, rounds: int = 25) -> float:
+    """Host time of one ``line_scan`` call without gradients, checks included, after warm-up.
+
+    The median of rounds: a single one is over in 3 ms and may meet whatever else the host does.
+    """
     inputs = make_inputs((1, 64, 64, 64), 1)[0]
     for _ in range(20):
         line_scan(*inputs)
+    found = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            line_scan(*inputs)
+        found.append((time.perf_counter() - start) / calls * 1e6)
     torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(calls):
-        line_scan(*inputs)
-    elapsed = time.perf_counter() - start
-    torch.cuda.synchronize()
-    return elapsed / calls * 1e6
+    return statistics.median(found)
 
 
 def growth(rows: list[dict[str, Any]]) -> dict[str, float]:

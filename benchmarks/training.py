@@ -30,6 +30,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -236,6 +237,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         if options.share_gpu:  # NCCL wants a GPU for every process
             torch.distributed.init_process_group("gloo")
+            os.environ["LOCAL_RANK"] = "0"  # by which accelerate and FSDP2 choose one
         run = start_run(config, started)
         if options.memory_gib is not None:
             cap_memory(options.memory_gib)
