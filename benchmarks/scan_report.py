@@ -24,18 +24,23 @@ def _head(result: dict[str, Any]) -> str:
 
 
 def _cases(result: dict[str, Any]) -> str:
-    lines = [
-        "| B, H, W, C | forward ms | target | of copy | backward ms | target | of copy |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    names, two = ("forward", "backward"), any("apart" in row for row in result["cases"])
+    head = [f"{name} ms | target | of copy" + (" | directions apart" if two else "") for name in names]
+    lines = [f"| B, H, W, C | {' | '.join(head)} |", "|---" * (9 if two else 7) + "|"]
     for row in result["cases"]:
         cells = [", ".join(map(str, row["shape"]))]
-        for name in ("forward", "backward"):
-            took, target = row[f"{name}_ms"], row[f"{name}_target_ms"]
-            shown = f"**{took:.4g}**" if took <= target else f"{took:.4g}"
-            cells += [shown, f"{target:.4g}", f"{row[f'{name}_share_of_copy']:.0%}"]
+        for name in names:
+            target, other = row[f"{name}_target_ms"], row.get("apart", {}).get(f"{name}_ms")
+            share = f"{row[f'{name}_share_of_copy']:.0%}"
+            cells += [_judged(row[f"{name}_ms"], target), f"{target:.4g}", share]
+            if two:
+                cells.append("" if other is None else _judged(other, target))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", "Bold: the target is met."])
+
+
+def _judged(took: float, target: float) -> str:
+    return f"**{took:.4g}**" if took <= target else f"{took:.4g}"
 
 
 def _schemes(result: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from training_forks import script
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import render
+import scan_report
 import size_report
 
 
@@ -48,6 +49,21 @@ def test_marked_parts_are_written_and_nothing_else(tmp_path):
     assert f"models-x.json -->\n{render.MISSING}\n{end}" in found
     assert f"mine.json -->\nc\n{end}" in found
     assert render.rendered(found, tmp_path) == found
+
+
+def test_cases_of_two_layouts_stand_side_by_side():
+    (path,) = (Path(render.__file__).parent / "results").glob("line_scan-*.json")
+    result = read(path)
+    row = {**result["cases"][0], "forward_ms": 2.0, "forward_target_ms": 1.0, "backward_ms": 4.0}
+    other = {**row, "shape": [1, 8, 8, 8]}
+    row["apart"] = {"forward_ms": 0.5, "backward_ms": 8.0}
+    text = scan_report.render({**result, "cases": [row, other]})
+    shape = ", ".join(map(str, row["shape"]))
+    share = f"{row['forward_share_of_copy']:.0%}"
+    assert f"\n| {shape} | 2 | 1 | {share} | **0.5** | 4 |" in text
+    assert f"\n| 1, 8, 8, 8 | 2 | 1 | {share} |  | 4 |" in text
+    table = [line for line in text.splitlines() if line.startswith(("| B, H, W, C | forward", "| 1, 8"))]
+    assert {line.count("|") for line in table} == {10}
 
 
 def test_reads_go_over_the_whole_picture(tmp_path):
