@@ -49,6 +49,7 @@ class Tiled:
     candidates = staticmethod(tile_choice.tiles)
     plan = staticmethod(plans.tiled_plan)
     choose = staticmethod(tile_choice.choose_tile)
+    estimate = staticmethod(tile_choice.estimate)
 
     @staticmethod
     def terms(problem: Problem, tile: Tile, plan: Plan, limit: int, processors: int) -> tuple[float, ...]:
@@ -62,6 +63,10 @@ class Plane:
     fields = ("cluster",)
     plan = staticmethod(plane_plans.plane_plan)
     choose = staticmethod(plane_plans.choose_plane_tile)
+
+    @staticmethod
+    def estimate(problem: Problem, plan: Plan, limit: int, processors: int) -> float:
+        return 0.0
 
     @staticmethod
     def candidates(problem: Problem, clusters: tuple[int, ...]) -> Any:
@@ -90,9 +95,9 @@ def differs(got: list[torch.Tensor], want: list[torch.Tensor]) -> bool:
 
 
 def measure(
-    family: Any, shape: tuple[int, int, int, int], backward: bool, seconds: float
+    family: Any, shape: tuple[int, int, int, int], backward: bool, seconds: float, likely: bool = False
 ) -> list[dict[str, Any]]:
-    """Milliseconds of as many tiles, in random order, as fit into the time."""
+    """Milliseconds of as many tiles as fit into the time: those that are likely to be quick, or any."""
     device = torch.cuda.current_device()
     limit, problem = cupy_backend.shared_limit(device), problem_of(shape, backward)
     found = [
@@ -100,8 +105,11 @@ def measure(
         for t in family.candidates(problem, cupy_backend.clusters(device))
     ]
     candidates = [(tile, plan) for tile, plan in found if plan is not None]
+    processors = cupy_backend.processors(device)
     random.Random(0).shuffle(candidates)
-    chosen = family.choose(problem, cupy_backend.clusters(device), limit, cupy_backend.processors(device))
+    if likely:
+        candidates.sort(key=lambda candidate: family.estimate(problem, candidate[1], limit, processors))
+    chosen = family.choose(problem, cupy_backend.clusters(device), limit, processors)
     candidates.sort(key=lambda candidate: candidate[0] != chosen)  # it first, in any case
     bytes_read = 2 * 9 * problem.batch * problem.height * problem.width * problem.channels
     sets = make_inputs(shape, max(1, min(12, -(-MINIMUM_BYTES // bytes_read))))
@@ -178,6 +186,9 @@ def main() -> None:
     parser.add_argument(
         "--shapes", nargs="+", type=parse_shape, help="only these, B x H x W x C: 1x64x64x144"
     )
+    parser.add_argument(
+        "--likely", action="store_true", help="in the order of their estimates, not at random"
+    )
     parser.add_argument("--fit", type=Path, nargs="+", help="results of this program, instead of measuring")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--commit", default=None, help="commit to record where there is no git history")
@@ -201,7 +212,7 @@ def main() -> None:
         shapes = options.shapes or (PLANES if plane else SHAPES)
         todo = list(itertools.product(shapes, passes))
         for shape, backward in todo:
-            rows = measure(family, shape, backward, options.seconds / len(todo))
+            rows = measure(family, shape, backward, options.seconds / len(todo), options.likely)
             cases.append({"shape": list(shape), "backward": backward, "tiles": rows})
             report(family, cases[-1], limit, processors)
             torch.cuda.empty_cache()
