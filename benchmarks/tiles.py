@@ -186,9 +186,7 @@ def main() -> None:
     parser.add_argument(
         "--shapes", nargs="+", type=parse_shape, help="only these, B x H x W x C: 1x64x64x144"
     )
-    parser.add_argument(
-        "--likely", action="store_true", help="in the order of their estimates, not at random"
-    )
+    parser.add_argument("--likely", action="store_true", help="by their estimates, not at random")
     parser.add_argument("--fit", type=Path, nargs="+", help="results of this program, instead of measuring")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--commit", default=None, help="commit to record where there is no git history")
