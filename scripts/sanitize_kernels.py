@@ -9,8 +9,11 @@ Without torch's caching allocator every tensor is an allocation of its own, so a
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -121,6 +124,47 @@ def run_norm(size: tuple[int, int], channels: int, dtype: torch.dtype) -> None:
     ada_layer_norm_kernels.gradients(y, x, shift, scale, stats, (True, True, True))
 
 
+def launches(options: argparse.Namespace, clusters: Sequence[int]) -> list[tuple[str, Callable[[], None]]]:
+    """What the options ask for: names, and what runs the kernels."""
+    shapes = SHAPES[:-2] if options.small else SHAPES[-2:] if options.tall else SHAPES
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    found: list[tuple[str, Callable[[], None]]] = []
+
+    def add(run: Callable[..., None], *arguments: Any) -> None:
+        found.append((f"{run.__name__}{arguments}", functools.partial(run, *arguments)))
+
+    channels = [each for each in CHANNELS if not options.channels or each[0] in options.channels]
+    if not options.tiles and not options.blocks:
+        cases = itertools.product(shapes, channels, CHUNKS, dtypes)
+        for index, (size, (count, groups), chunk_size, dtype) in enumerate(cases):
+            add(run_case, size, count, groups, chunk_size, dtype, index % 2 == 0)
+    if not options.tiles:
+        for size, count, dtype in itertools.product(shapes, (3, 40, 132), dtypes):
+            add(run_local_perception, size, count, dtype)
+        for size, count, dtype in itertools.product(shapes, (20, 1156), dtypes):
+            add(run_norm, size, count, dtype)
+    if not options.tall and not options.blocks:
+        for tiled in TILES:
+            if tiled[-1].cluster in clusters:
+                add(run_tile, *tiled)
+        for plane in PLANES:
+            if plane[-1].cluster in clusters:
+                add(run_plane, *plane)
+    return found
+
+
+def parse_share(text: str) -> tuple[int, int]:
+    """``"2/3"`` as numbers.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no share.
+    """
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not K/N with 1 <= K <= N, such as 2/3")
+    return int(part), int(parts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="leave out the two tall shapes")
@@ -128,38 +172,19 @@ def main() -> None:
     parser.add_argument("--tiles", action="store_true", help="only the tiles that are asked for by name")
     parser.add_argument("--blocks", action="store_true", help="only local perception and modulated norm")
     parser.add_argument("--channels", type=int, nargs="+", help="only shapes with so many channels")
+    parser.add_argument(
+        "--share", type=parse_share, default=(1, 1), help="K/N: every N-th launch, from the K-th"
+    )
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this needs a CUDA GPU")
-    shapes = SHAPES[:-2] if options.small else SHAPES[-2:] if options.tall else SHAPES
-    scan_shapes = [] if options.tiles or options.blocks else shapes
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    channels = [each for each in CHANNELS if not options.channels or each[0] in options.channels]
-    cases = list(itertools.product(scan_shapes, channels, CHUNKS, dtypes))
-    for index, (size, (count, groups), chunk_size, dtype) in enumerate(cases):
-        run_case(size, count, groups, chunk_size, dtype, with_u=index % 2 == 0)
-        if index % 10 == 9:
-            torch.cuda.synchronize()
-            print(f"{index + 1} of {len(cases)} cases", flush=True)
-    if not options.tiles:
-        for size, count, dtype in itertools.product(shapes, (3, 40, 132), dtypes):
-            run_local_perception(size, count, dtype)
-        for size, count, dtype in itertools.product(shapes, (20, 1156), dtypes):
-            run_norm(size, count, dtype)
-    if not options.tall and not options.blocks:
-        clusters = cupy_backend.clusters(torch.cuda.current_device())
-        for size, count, tile in TILES:
-            if tile.cluster in clusters:
-                run_tile(size, count, tile)
-                torch.cuda.synchronize()
-                print(tile, flush=True)
-        for size, plane in PLANES:
-            if plane.cluster in clusters:
-                run_plane(size, plane)
-                torch.cuda.synchronize()
-                print(plane, flush=True)
-    torch.cuda.synchronize()
-    print(f"ran {len(cases)} cases")
+    part, parts = options.share
+    chosen = launches(options, cupy_backend.clusters(torch.cuda.current_device()))[part - 1 :: parts]
+    for index, (name, run) in enumerate(chosen, 1):
+        run()
+        torch.cuda.synchronize()
+        if index % 10 == 0 or index == len(chosen):
+            print(f"{index} of {len(chosen)}, the last {name}", flush=True)
 
 
 if __name__ == "__main__":
