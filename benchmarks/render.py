@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import block_report
+import card_report
 import denoiser_table
 import model_report
 import profile_report
@@ -68,18 +69,25 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
+FOLDER_RENDERERS: dict[str, Callable[[Path], str]] = {  # of a file and those beside it
+    "evaluation-": card_report.render,
+}
+
+
 def rendered(text: str, root: Path = ROOT) -> str:
     """A document with every marked part written anew; parts of kinds that are not known here stay."""
 
     def replace(found: re.Match[str]) -> str:
         begin, name, _, end = found.groups()
-        known = [make for prefix, make in RENDERERS.items() if Path(name).name.startswith(prefix)]
+        path = root / name
+        known = [prefix for prefix in (*RENDERERS, *FOLDER_RENDERERS) if path.name.startswith(prefix)]
         if not known:
             return found.group()
-        path = root / name
         if not path.is_file():
             return f"{begin}{MISSING}\n{end}"
-        return f"{begin}{known[0](json.loads(path.read_text(encoding='utf-8')))}\n{end}"
+        if known[0] in FOLDER_RENDERERS:
+            return f"{begin}{FOLDER_RENDERERS[known[0]](path)}\n{end}"
+        return f"{begin}{RENDERERS[known[0]](json.loads(path.read_text(encoding='utf-8')))}\n{end}"
 
     return MARKED.sub(replace, text)
 
@@ -95,7 +103,8 @@ def plots(folder: Path = RESULTS) -> dict[Path, str]:
 
 def main(argv: list[str]) -> int:
     """Write or check every document and plot; 1 if any was not up to date when checking."""
-    documents = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+    cards = sorted((ROOT / "gspn2_diffusion" / "checkpoints").glob("*/README.md"))
+    documents = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md", *cards]
     wanted = {path: rendered(path.read_text(encoding="utf-8")) for path in documents} | plots()
     check = "--check" in argv
     stale = {
