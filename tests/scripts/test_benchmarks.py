@@ -51,6 +51,60 @@ def test_marked_parts_are_written_and_nothing_else(tmp_path):
     assert render.rendered(found, tmp_path) == found
 
 
+def test_the_readme_says_what_was_measured():
+    """Its first page is typed by hand; every number of it that a result file holds is looked up there."""
+    text = " ".join((render.ROOT / "README.md").read_text(encoding="utf-8").split())
+    own, few = (read(render.RESULTS / f"evaluation-gspn2-emoji{end}.json")["scores"] for end in ("", "-few"))
+    keys = ("concept_top1/seen", "style/seen", "background", "relation/pair", "count")
+    said = [f"{own[key]['value']:.1%}" for key in keys]
+    pairs = own["relation/pair"]
+    assert f"the right thing in {said[0]} (pairs it was trained on), the right style in {said[1]}" in text
+    assert f"the background colour in {said[2]}, two things recognised" in text
+    assert f"in {pairs['value'] * pairs['count']:.0f} of {pairs['count']}, two to four" in text
+    assert f"counted right in {said[4]}" in text
+    *first, last = [f"{few[key]['value']:.1%}" for key in keys]
+    assert f"these are {', '.join(first)} and {last}:" in text
+
+    studied = read(render.RESULTS / "mixers.json")["variants"]
+    models = ("gspn2", "softmax")
+    seen = {
+        name: [
+            f"{studied[model]['evaluation'][name]['scores']['concept_top1/seen']['value']:.1%}"
+            for model in models
+        ]
+        for name in ("results", "results-512x512")
+    }
+    losses = {name: f"{facts['validation'][-1]['val_unseen_pair']:.3f}" for name, facts in studied.items()}
+    steps = [
+        1000 * row["seconds_per_step"]
+        for name in models
+        for row in read(render.RESULTS / "training-nvidia-h200.json")["rows"]
+        if (row["model"], row["tokens"], row["mixer"]) == ("0.6b", 16384, name) and not row["compiled"]
+    ]
+    sdxl = {
+        row["variant"]: row["ms"] / 1000
+        for row in read(render.RESULTS / "models-nvidia-h200.json")["rows"]
+        if (row["family"], row["pixels"], row["mode"]) == ("sdxl", 16384, "eager")
+    }
+    assert f"seen pairs top-1 | {' | '.join(seen['results'])} |" in text
+    assert f"drawing at 512 px | {' | '.join(seen['results-512x512'])} |" in text
+    assert f"layers of attention: {losses['hybrid']} | {losses['gspn2']} | {losses['softmax']} |" in text
+    assert f"at 16,384 tokens | {steps[0]:.0f} ms | {steps[1]:.0f} ms |" in text
+    assert f"px, one step | {sdxl['gspn2']:.1f} s | {sdxl['attention']:.0f} s |" in text
+
+    drawn = {
+        (name, row["pixels"]): row
+        for name in ("nvidia-h200", "cpu")
+        for row in read(render.RESULTS / f"high-resolution-{name}.json")["rows"]
+    }
+    gpu = [f"{drawn['nvidia-h200', size]['seconds']:.0f} seconds" for size in (4096, 16384)]
+    peak = drawn["nvidia-h200", 16384]["peak_bytes"] / 1e9
+    cpu = [f"{drawn['cpu', size]['seconds']:.0f}" for size in (256, 1024)]
+    assert f"4096 x 4096 px from a prompt in {gpu[0]} and 16384 x 16384 px in {gpu[1]}" in text
+    assert f"with {peak:.0f} GB there" in text
+    assert f"256 x 256 px in {cpu[0]} seconds (20 steps) and 1024 x 1024 px in {cpu[1]}." in text
+
+
 def test_cases_of_two_layouts_stand_side_by_side():
     (path,) = (Path(render.__file__).parent / "results").glob("line_scan-*.json")
     result = read(path)
