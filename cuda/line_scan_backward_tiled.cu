@@ -257,7 +257,7 @@ template <int CLUSTER>
 __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& k, const Memory& m, int thread, int stages) {
   const Tiling& t = a.tiling;
   const int slice = (int)t.slice, capacity = (int)t.stage_lines, consumers = (int)t.consumers, total = k.end - k.begin;
-  const int border = border_elements(consumers, slice);
+  const int border = border_elements(consumers, slice), apart = border / PARTS;
 #pragma unroll 1
   for (int n = thread; n < 2 * border + 4 * k.halo * slice; n += consumers) m.border[n] = 0.0f;
 
@@ -320,11 +320,11 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
     for (int j = 0; j < steps; ++j) {
       if (CLUSTER > 1 && since == 0 && stage > 0) {
         exchange.take(g, at, exchanges - 1, thread == 0);
-        g.publish(previous, at, slice);
+        g.publish(previous, at, slice, apart);
         consumer_barrier(consumers);
       }
-      g.step(previous, at, slice, next.source, next.w);
-      g.publish(current, at, slice);
+      g.step(previous, at, slice, apart, next.source, next.w);
+      g.publish(current, at, slice, apart);
       const bool more = stage * capacity + j + 1 < total;
       if (CLUSTER > 1 && since == k.halo - 1 && more && at.used) exchange.give(g, at, exchanges);
       float dw[RUN][3], value[VEC];
@@ -361,12 +361,19 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
           }
         }
       }
-      if (a.dweight) {  // lanes of one position are neighbours in a warp
+      if (a.dweight) {  // lanes of one position are neighbours in a warp; the first gets the sum
 #pragma unroll
         for (int r = 0; r < RUN; ++r) {
-          for (int offset = at.lanes / 2; offset > 0; offset /= 2) {
+          int offset = at.lanes;  // a power of two, or three times one
+          if (offset % 3 == 0) {
+            offset /= 3;
 #pragma unroll
-            for (int n = 0; n < 3; ++n) dw[r][n] += shuffle_xor(dw[r][n], offset);
+            for (int n = 0; n < 3; ++n)
+              dw[r][n] += shuffle_down(dw[r][n], offset) + shuffle_down(dw[r][n], 2 * offset);
+          }
+          for (offset /= 2; offset > 0; offset /= 2) {
+#pragma unroll
+            for (int n = 0; n < 3; ++n) dw[r][n] += shuffle_down(dw[r][n], offset);
           }
           if (own[r] && at.lane == 0) {
 #pragma unroll

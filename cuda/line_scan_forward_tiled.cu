@@ -211,7 +211,7 @@ __device__ __forceinline__ void copy_stages(const Parameters& a, const Tile& k, 
 template <int CLUSTER>
 __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& k, const Memory& m, int thread, int stages) {
   const int slice = (int)a.tiling.slice, capacity = (int)a.tiling.stage_lines, consumers = (int)a.tiling.consumers;
-  const int border = border_elements(consumers, slice);
+  const int border = border_elements(consumers, slice), apart = border / PARTS;
 #pragma unroll 1
   for (int n = thread; n < 2 * border + 4 * k.halo * slice; n += consumers) m.border[n] = 0.0f;
 
@@ -261,11 +261,11 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
     for (int j = 0; j < lines; ++j) {
       if (CLUSTER > 1 && since == 0 && stage > 0) {
         exchange.take(h, at, exchanges - 1, thread == 0);
-        h.publish(previous, at, slice);
+        h.publish(previous, at, slice, apart);
         consumer_barrier(consumers);
       }
-      h.step(previous, at, slice, next.source, next.w);
-      h.publish(current, at, slice);
+      h.step(previous, at, slice, apart, next.source, next.w);
+      h.publish(current, at, slice, apart);
       const bool more = stage * capacity + j + 1 < k.end - k.begin;
       if (CLUSTER > 1 && since == k.halo - 1 && more && at.used) exchange.give(h, at, exchanges);
 #pragma unroll

@@ -141,11 +141,12 @@ __device__ __forceinline__ void send_remote(const float* local, unsigned barrier
 
 // ---- float vectors in shared memory -------------------------------------------------------------
 
-__device__ __forceinline__ void load_floats(float (&out)[VEC], const float* p) {
+// `apart`: from four elements to the next four.
+__device__ __forceinline__ void load_floats(float (&out)[VEC], const float* p, int apart = 4) {
 #pragma unroll
   for (int j = 0; j < VEC; j += (VEC >= 4 ? 4 : VEC)) {
     if constexpr (VEC >= 4) {
-      const float4 v = *reinterpret_cast<const float4*>(p + j);
+      const float4 v = *reinterpret_cast<const float4*>(p + j / 4 * apart);
       out[j] = v.x, out[j + 1] = v.y, out[j + 2] = v.z, out[j + 3] = v.w;
     } else if constexpr (VEC == 2) {
       const float2 v = *reinterpret_cast<const float2*>(p);
@@ -156,11 +157,11 @@ __device__ __forceinline__ void load_floats(float (&out)[VEC], const float* p) {
   }
 }
 
-__device__ __forceinline__ void store_floats(float* p, const float (&in)[VEC]) {
+__device__ __forceinline__ void store_floats(float* p, const float (&in)[VEC], int apart = 4) {
 #pragma unroll
   for (int j = 0; j < VEC; j += (VEC >= 4 ? 4 : VEC)) {
     if constexpr (VEC >= 4) {
-      *reinterpret_cast<float4*>(p + j) = make_float4(in[j], in[j + 1], in[j + 2], in[j + 3]);
+      *reinterpret_cast<float4*>(p + j / 4 * apart) = make_float4(in[j], in[j + 1], in[j + 2], in[j + 3]);
     } else if constexpr (VEC == 2) {
       *reinterpret_cast<float2*>(p) = make_float2(in[0], in[1]);
     } else {

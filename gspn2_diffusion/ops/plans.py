@@ -13,6 +13,7 @@ STAGES, WEIGHERS, ITEMS = 4, 128, 4  # as in cuda/tiled.cuh
 HELPERS = WEIGHERS + 32  # threads beside the consumers
 MAX_GRID = 2**31 - 1
 MAX_BOX = 256  # positions that the tensor memory accelerator copies at once
+_SUMMED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # lanes of a position whose values shuffles add up, backward
 _GENERIC_THREADS = 512  # __launch_bounds__ of the generic kernels
 RUNS = ((4, 1), (8, 1), (8, 3))  # channels and positions of a thread, for elements of two bytes
 _PREFERRED_SHARED_BYTES = 48 * 1024  # more would leave too few generic blocks on a multiprocessor
@@ -197,8 +198,8 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
     lanes = tile.slice // tile.vec
     if tile.slice % tile.vec or (problem.per_group % tile.slice and not _may_overhang(problem, tile)):
         return None
-    if problem.backward and (lanes > 32 or lanes & (lanes - 1)):
-        return None  # sums over the lanes of a position are made by shuffles
+    if problem.backward and lanes not in _SUMMED:
+        return None
     # The accelerator reads and writes shared memory at multiples of 128 bytes.
     unit = 128 // math.gcd(128, tile.slice * problem.itemsize)
     if tile.halo % unit or tile.halo % tile.stage_lines or (tile.merged and not may_merge(problem, tile)):
