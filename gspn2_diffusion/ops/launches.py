@@ -248,7 +248,8 @@ def tensor_maps(
             ]
             box = (row, -(-count // boxes), at_once, 1, 1)
             if pointer and 0 < box[1] <= MAX_BOX:
-                words += cupy_backend.tensor_map(setting.dtype, pointer, sizes, strides, box)
+                swizzled = tile.merged and across
+                words += cupy_backend.tensor_map(setting.dtype, pointer, sizes, strides, box, swizzled)
             else:
                 words += [0] * 16
     return tuple(words)
