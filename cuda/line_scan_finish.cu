@@ -8,6 +8,7 @@ struct Parameters {
   const scalar_t *weight;
   scalar_t *dx, *dweight;       // (B, H, W, C), (B, H, W, D, G, 3); nullptr: not wanted
   int64 batch, height, width, channels, groups, directions, packed_directions, slices, normalize, blocks_of_dx;
+  int64 apart;  // each direction of a part of the picture by a block of its own, for pictures of few parts
   int64 w_b, w_h, w_w, w_d, w_g;
 };
 
@@ -45,7 +46,10 @@ enum { TILE_PITCH = TILE_COLUMNS + 2, TILE_DIRECTION = 3 * TILE_ROWS * TILE_PITC
 struct Part {
   int64 batch, group;
   int row, column;  // of its upper left corner
+  int slot, slots;  // the first direction and how many
   __device__ __forceinline__ Part(const Parameters& a, int64 n, int across, int down) {
+    slot = a.apart ? (int)(n % a.directions) : 0, slots = a.apart ? 1 : (int)a.directions;
+    if (a.apart) n /= a.directions;
     column = (int)(n % across) * TILE_COLUMNS, n /= across;
     row = (int)(n % down) * TILE_ROWS, n /= down;
     group = n % a.groups, batch = n / a.groups;
@@ -83,24 +87,24 @@ __device__ __forceinline__ void sum_slices(const Parameters& a, const Part& part
 
 __device__ __forceinline__ void sum_dweight(const Parameters& a) {
   SHARED_MEMORY(shared);
-  float* const tile = reinterpret_cast<float*>(shared);  // [directions][TILE_DIRECTION]
+  float* const tile = reinterpret_cast<float*>(shared);  // [slots][TILE_DIRECTION]
   const int across = (int)((a.width + TILE_COLUMNS - 1) / TILE_COLUMNS), directions = (int)a.directions;
   const int down = (int)((a.height + TILE_ROWS - 1) / TILE_ROWS);
-  const int64 parts = a.batch * a.groups * down * across;
+  const int64 parts = a.batch * a.groups * down * across * (a.apart ? directions : 1);
   for (int64 n = blockIdx.x - a.blocks_of_dx; n < parts; n += gridDim.x - a.blocks_of_dx) {
     const Part part(a, n, across, down);
-    for (int slot = 0; slot < directions; ++slot)
-      sum_slices(a, part, slot, is_vertical(a, slot), tile + slot * TILE_DIRECTION);
+    for (int i = 0; i < part.slots; ++i)
+      sum_slices(a, part, part.slot + i, is_vertical(a, part.slot + i), tile + i * TILE_DIRECTION);
     __syncthreads();
-    for (int item = threadIdx.x; item < directions * TILE_PIXELS; item += THREADS) {
-      const int slot = item % directions, pixel = item / directions;
+    for (int item = threadIdx.x; item < part.slots * TILE_PIXELS; item += THREADS) {
+      const int i = item % part.slots, slot = part.slot + i, pixel = item / part.slots;
       const int r = pixel / TILE_COLUMNS, c = pixel % TILE_COLUMNS, row = part.row + r, column = part.column + c;
       if (row >= a.height || column >= a.width) continue;
       const bool vertical = is_vertical(a, slot);
       const int p = vertical ? column : row, positions = (int)(vertical ? a.width : a.height);
       float grad[3];
 #pragma unroll
-      for (int k = 0; k < 3; ++k) grad[k] = tile[slot * TILE_DIRECTION + (k * TILE_ROWS + r) * TILE_PITCH + c];
+      for (int k = 0; k < 3; ++k) grad[k] = tile[i * TILE_DIRECTION + (k * TILE_ROWS + r) * TILE_PITCH + c];
       if (a.normalize) {
         const scalar_t* const raw =
             a.weight + part.batch * a.w_b + row * a.w_h + column * a.w_w + slot * a.w_d + part.group * a.w_g;

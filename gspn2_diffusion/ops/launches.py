@@ -365,7 +365,9 @@ def finish_launch(
     pixels = batch * height * width
     blocks_x = min(most, -(-pixels * channels // (vec * _FINISH_THREADS))) if want_x else 0
     parts = batch * groups * -(-height // _FINISH_PART[0]) * -(-width // _FINISH_PART[1])
-    blocks_weight = min(most, parts) if want_weight else 0
+    apart = parts < 4 * cupy_backend.processors(device)
+    slots = 1 if apart else len(directions)  # that a block has
+    blocks_weight = min(most, parts * len(directions) // slots) if want_weight else 0
     problem = Problem(batch, height, width, channels, groups, directions, 0, dtype.itemsize, True)
     plan = Plan(
         source=cupy_backend.FINISH,
@@ -374,7 +376,7 @@ def finish_launch(
         run=1,
         grid=blocks_x + blocks_weight,
         threads=_FINISH_THREADS,
-        shared_bytes=4 * len(directions) * _FINISH_FLOATS if want_weight else 0,
-        parameters=(*problem.shape, slices, int(normalize), blocks_x),
+        shared_bytes=4 * slots * _FINISH_FLOATS if want_weight else 0,
+        parameters=(*problem.shape, slices, int(normalize), blocks_x, int(apart)),
     )
     return Launch(plan, shape, setting, weight[:5])
