@@ -274,7 +274,8 @@ def may_merge(problem: Problem, tile: Tile) -> bool:
     row = tile.slice * problem.itemsize
     alone = tile.slice == problem.channels and problem.chunk_lines == problem.lines
     whole = 128 % row == 0 and problem.width % (128 // row) == 0
-    return problem.touching and alone and tile.run == 1 and whole
+    kernel = tile.run == 1 and tile.vec * problem.itemsize == 16
+    return problem.touching and alone and kernel and whole
 
 
 def tiled_shared_bytes(problem: Problem, tile: Tile, width: int, boxes: int, consumers: int) -> int:
