@@ -248,8 +248,7 @@ def tensor_maps(
             ]
             box = (row, -(-count // boxes), at_once, 1, 1)
             if pointer and 0 < box[1] <= MAX_BOX:
-                swizzled = tile.merged and across
-                words += cupy_backend.tensor_map(setting.dtype, pointer, sizes, strides, box, swizzled)
+                words += cupy_backend.tensor_map(setting.dtype, pointer, sizes, strides, box)
             else:
                 words += [0] * 16
     return tuple(words)
@@ -337,8 +336,7 @@ def backward_launch(
 
 # ---- what finishes the backward pass ------------------------------------------------------------
 
-# As in cuda/line_scan_finish.cu: threads, rows and columns of a part, floats that it keeps of each direction.
-_FINISH_THREADS, _FINISH_PART, _FINISH_FLOATS = 256, (16, 32), 3 * 16 * 34 + 8
+_FINISH_THREADS = 256
 
 
 @functools.lru_cache(maxsize=4096)
@@ -364,10 +362,8 @@ def finish_launch(
     vec, most = 16 // dtype.itemsize, 16 * cupy_backend.processors(device)
     pixels = batch * height * width
     blocks_x = min(most, -(-pixels * channels // (vec * _FINISH_THREADS))) if want_x else 0
-    parts = batch * groups * -(-height // _FINISH_PART[0]) * -(-width // _FINISH_PART[1])
-    apart = parts < 4 * cupy_backend.processors(device)
-    slots = 1 if apart else len(directions)  # that a block has
-    blocks_weight = min(most, parts * len(directions) // slots) if want_weight else 0
+    coefficients = pixels * len(directions) * groups
+    blocks_weight = min(most, -(-coefficients // _FINISH_THREADS)) if want_weight else 0
     problem = Problem(batch, height, width, channels, groups, directions, 0, dtype.itemsize, True)
     plan = Plan(
         source=cupy_backend.FINISH,
@@ -376,7 +372,7 @@ def finish_launch(
         run=1,
         grid=blocks_x + blocks_weight,
         threads=_FINISH_THREADS,
-        shared_bytes=4 * slots * _FINISH_FLOATS if want_weight else 0,
-        parameters=(*problem.shape, slices, int(normalize), blocks_x, int(apart)),
+        shared_bytes=0,
+        parameters=(*problem.shape, slices, int(normalize), blocks_x),
     )
     return Launch(plan, shape, setting, weight[:5])
