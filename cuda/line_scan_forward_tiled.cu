@@ -311,17 +311,6 @@ template <int CLUSTER> __device__ __forceinline__ void line_scan(const Parameter
   }
 }
 
-#define ENTRY(CLUSTER, ATTRIBUTES)                                                                  \
-  extern "C" __global__ void ATTRIBUTES __launch_bounds__(THREADS, 1)                                   \
-      line_scan_forward_tiled_##CLUSTER(const __grid_constant__ Parameters a) { line_scan<CLUSTER>(a); }
-
-ENTRY(1, )
-#if __CUDA_ARCH__ >= 900
-ENTRY(2, __cluster_dims__(2, 1, 1))
-ENTRY(3, __cluster_dims__(3, 1, 1))
-ENTRY(4, __cluster_dims__(4, 1, 1))
-ENTRY(5, __cluster_dims__(5, 1, 1))
-ENTRY(7, __cluster_dims__(7, 1, 1))
-ENTRY(8, __cluster_dims__(8, 1, 1))
-ENTRY(16, __cluster_dims__(16, 1, 1))
-#endif
+#define KERNEL line_scan_forward_tiled
+#define KERNEL_THREADS THREADS
+#include "entries.cuh"

@@ -42,18 +42,16 @@ def compile_variants(arch: str, quick: bool) -> list[Result]:
     """
 
     def build(variant: cupy_backend.Variant) -> Result:
-        name, dtype, vec, run = variant
-        label = f"{name}[{str(dtype).removeprefix('torch.')}, {vec}x{run}]"
         start = time.perf_counter()
         try:
-            size, error = len(cupy_backend.compile_cubin(name, dtype, vec, run, arch)), ""
+            size, error = len(cupy_backend.compile_cubin(variant, arch)), ""
         except RuntimeError as failure:
             size, error = 0, str(failure)
-        return Result(label, arch, time.perf_counter() - start, size, error)
+        return Result(str(variant), arch, time.perf_counter() - start, size, error)
 
-    chosen = cupy_backend.variants()
+    chosen = cupy_backend.variants(cupy_backend.cluster_sizes(arch))
     if quick and arch != "sm_90":
-        chosen = list({variant[0]: variant for variant in chosen}.values())
+        chosen = list({variant.name: variant for variant in chosen}.values())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(build, chosen))
 

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import functools
 import os
-import re
 import shutil
 import subprocess
 import tempfile
@@ -39,17 +38,14 @@ PROBLEMS = {
 
 
 @functools.cache
-def library(source: str, dtype: torch.dtype, vec: int, run: int, entry: str) -> ctypes.CDLL:
-    code = cupy_backend.kernel_source(source, dtype, vec, run, folders=(HERE, cupy_backend.source_folder()))
-    single = source in (*cupy_backend.GENERIC, cupy_backend.FINISH, cupy_backend.LOCAL, cupy_backend.NORM)
-    cluster = "1" if single else entry.rsplit("_", 1)[1]
-    code = re.sub(rf"^ENTRY\((?!{cluster},).*$", "", code, flags=re.MULTILINE)  # other cluster sizes
+def library(variant: cupy_backend.Variant, entry: str) -> ctypes.CDLL:
+    code = cupy_backend.kernel_source(variant, folders=(HERE, cupy_backend.source_folder()))
     code = f"""#include "{HERE / "emulator.hpp"}"
 {code}
 template <typename P> P parameter_of(void (*kernel)(P));
 extern "C" int emulate(const void* parameters, int grid, int threads, int shared_bytes, unsigned seed) {{
   const auto& p = *static_cast<const decltype(parameter_of({entry}))*>(parameters);
-  return emulator::launch(grid, threads, {cluster}, shared_bytes, seed, [&] {{ {entry}(p); }});
+  return emulator::launch(grid, threads, {variant.blocks}, shared_bytes, seed, [&] {{ {entry}(p); }});
 }}
 """
     folder = Path(tempfile.mkdtemp(prefix="emulated-"))
@@ -81,7 +77,7 @@ def starter(
     Raises:
         RuntimeError: when it is called, and the kernel hangs or breaks a rule.
     """
-    emulate = library(plan.source, dtype, plan.vec, plan.run, plan.entry).emulate
+    emulate = library(cupy_backend.variant_of(plan, dtype), plan.entry).emulate
 
     def start(packed: cupy_backend.Packed) -> None:
         address = ctypes.c_void_p(packed.struct.buffer_info()[0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 import re
 import time
@@ -15,10 +16,11 @@ from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from gspn2_diffusion.ops.plane_plans import CLUSTERS as PLANE_CLUSTERS
 from gspn2_diffusion.ops.plane_plans import RUN as PLANE_RUN
 from gspn2_diffusion.ops.plans import RUNS, Plan
 
@@ -49,16 +51,40 @@ def source_folder() -> Path:
     raise FileNotFoundError(f"the CUDA sources are missing: no common.cuh in {package / 'cuda'}")
 
 
-def kernel_source(
-    name: str, dtype: torch.dtype, vec: int, run: int = 1, folders: Sequence[Path] | None = None
-) -> str:
-    """The complete source of one kernel variant, headers included, so that it is its own cache key.
+class Variant(NamedTuple):
+    """What is compiled by itself: a kernel for one of the ways to launch it, so that its first use is quick.
+
+    Attributes:
+        name: of the source file.
+        vec, run: channels and positions of a thread.
+        blocks: of a cluster.
+    """
+
+    name: str
+    dtype: torch.dtype
+    vec: int
+    run: int = 1
+    blocks: int = 1
+
+    def __str__(self) -> str:
+        shared = f", {self.blocks} blocks" if self.name in (*TILED, *PLANE) else ""
+        return f"{self.name}[{str(self.dtype).removeprefix('torch.')}, {self.vec}x{self.run}{shared}]"
+
+
+def kernel_source(variant: Variant, folders: Sequence[Path] | None = None) -> str:
+    """The complete source of a kernel variant, headers included, so that it is its own cache key.
 
     Args:
         folders: where files are looked for, in this order, instead of in :func:`source_folder`.
     """
-    preamble = f"#define SCALAR {_SCALAR[dtype]}\n#define VEC {vec}\n#define RUN {run}\n"
-    return preamble + _include(f"{name}.cu", set(), folders or (source_folder(),))
+    values = {
+        "SCALAR": _SCALAR[variant.dtype],
+        "VEC": variant.vec,
+        "RUN": variant.run,
+        "BLOCKS": variant.blocks,
+    }
+    preamble = "".join(f"#define {name} {value}\n" for name, value in values.items())
+    return preamble + _include(f"{variant.name}.cu", set(), folders or (source_folder(),))
 
 
 def _include(name: str, done: set[str], folders: Sequence[Path]) -> str:
@@ -75,21 +101,25 @@ def _include(name: str, done: set[str], folders: Sequence[Path]) -> str:
     return "\n".join(lines)
 
 
-Variant = tuple[str, torch.dtype, int, int]
-
-
-def variants() -> list[Variant]:
-    """Every (kernel, dtype, channels of a thread, positions of a thread) that can be launched."""
-    found = []
+def variants(sizes: Sequence[int] = CLUSTERS) -> list[Variant]:
+    """Every variant that can be launched where clusters have these sizes."""
+    found: list[tuple[Any, ...]] = []
     for dtype in _SCALAR:
         chunk = 16 // dtype.itemsize
         found += [(name, dtype, 1 << n, 1) for name in GENERIC for n in range(chunk.bit_length())]
-        found += [(name, dtype, vec * 2 // dtype.itemsize, run) for name in TILED for vec, run in RUNS]
-        found += [(name, dtype, PLANE_RUN, PLANE_RUN) for name in PLANE]
+        for name, (vec, run) in itertools.product(TILED, RUNS):
+            found += [(name, dtype, vec * 2 // dtype.itemsize, run, blocks) for blocks in sizes]
+        for name in PLANE:
+            found += [(name, dtype, PLANE_RUN, PLANE_RUN, n) for n in PLANE_CLUSTERS if n in sizes]
         found += [(FINISH, dtype, chunk, 1)]
         found += [(LOCAL, dtype, vec, 1) for vec in (1, 4)]
         found += [(NORM, dtype, vec, run) for vec in (4, chunk)[: 3 - dtype.itemsize // 2] for run in (2, 5)]
-    return found
+    return [Variant(*each) for each in found]
+
+
+def cluster_sizes(arch: str) -> tuple[int, ...]:
+    """Those that GPUs of an architecture (``"sm_90"``) have."""
+    return CLUSTERS if int(re.findall(r"\d+", arch)[0]) >= 90 else (1,)
 
 
 def compile_all(arch: str | None = None) -> dict[str, float]:
@@ -108,21 +138,21 @@ def compile_all(arch: str | None = None) -> dict[str, float]:
     device = torch.cuda.current_device() if arch is None else -1
 
     def build(variant: Variant) -> tuple[str, float]:
-        name, dtype, vec, run = variant
         start = time.perf_counter()
         if arch is None:
-            _module(device, *variant)
+            _module(device, variant)
         else:
-            compile_cubin(*variant, arch)
-        return f"{name}[{str(dtype).removeprefix('torch.')}, {vec}x{run}]", time.perf_counter() - start
+            compile_cubin(variant, arch)
+        return str(variant), time.perf_counter() - start
 
-    # Those that take seconds first, so that none of them is left for the end.
-    longest_first = sorted(variants(), key=lambda variant: variant[0] not in (*PLANE, *TILED))
+    sizes = clusters(device) if arch is None else cluster_sizes(arch)
+    # Those that take longest first, so that none of them is left for the end.
+    longest_first = sorted(variants(sizes), key=lambda variant: variant.name not in PLANE)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(pool.map(build, longest_first))
 
 
-def compile_cubin(name: str, dtype: torch.dtype, vec: int, run: int, arch: str) -> bytes:
+def compile_cubin(variant: Variant, arch: str) -> bytes:
     """One kernel variant as machine code for ``arch`` (``"sm_90"``); needs no GPU.
 
     Raises:
@@ -130,13 +160,13 @@ def compile_cubin(name: str, dtype: torch.dtype, vec: int, run: int, arch: str) 
     """
     from cupy_backends.cuda.libs import nvrtc
 
-    program = nvrtc.createProgram(kernel_source(name, dtype, vec, run), f"{name}.cu", (), ())
+    program = nvrtc.createProgram(kernel_source(variant), f"{variant.name}.cu", (), ())
     try:
         nvrtc.compileProgram(program, (*_options(), f"--gpu-architecture={arch}"))
         return nvrtc.getCUBIN(program)
     except nvrtc.NVRTCError as error:
         log = nvrtc.getProgramLog(program)
-        raise RuntimeError(f"{name} does not compile for {arch}: {error}\n{log}") from error
+        raise RuntimeError(f"{variant} does not compile for {arch}: {error}\n{log}") from error
     finally:
         nvrtc.destroyProgram(program)
 
@@ -146,27 +176,25 @@ def _options() -> tuple[str, ...]:
 
 
 @functools.cache
-def _module(device: int, name: str, dtype: torch.dtype, vec: int, run: int) -> Any:
+def _module(device: int, variant: Variant) -> Any:
     """A compiled source of one device; CuPy loads a module into the current context only."""
     import cupy
 
     with cupy.cuda.Device(device):
-        module = cupy.RawModule(
-            code=kernel_source(name, dtype, vec, run), options=_options(), backend="nvrtc"
-        )
+        module = cupy.RawModule(code=kernel_source(variant), options=_options(), backend="nvrtc")
         module.compile()
     return module
 
 
 @functools.cache
-def _kernel(device: int, name: str, entry: str, dtype: torch.dtype, vec: int, run: int) -> Any:
+def _kernel(device: int, entry: str, variant: Variant) -> Any:
     import cupy
     from cupy_backends.cuda.api import driver
 
     with cupy.cuda.Device(device):
-        kernel = _module(device, name, dtype, vec, run).get_function(entry)
+        kernel = _module(device, variant).get_function(entry)
         kernel.max_dynamic_shared_size_bytes = shared_limit(device)
-        if entry.endswith("_16"):  # more than the 8 blocks that every GPU with clusters allows
+        if variant.blocks == 16:  # more than the 8 blocks that every GPU with clusters allows
             driver.funcSetAttribute(kernel.kernel.ptr, _NON_PORTABLE_CLUSTER, 1)
     return kernel
 
@@ -219,7 +247,7 @@ def _try_device(device: int) -> tuple[bool, str]:
     try:
         import cupy
 
-        _kernel(device, GENERIC[0], GENERIC[0], torch.float32, 1, 1)
+        _kernel(device, GENERIC[0], Variant(GENERIC[0], torch.float32, 1))
         return True, f"CuPy {cupy.__version__} on {torch.cuda.get_device_name(device)}"
     except Exception as error:  # whatever is broken about the installation is the reason to report
         lines = str(error).splitlines()
@@ -310,6 +338,12 @@ def current_stream(device: int) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream)
 
 
+def variant_of(plan: Plan, dtype: torch.dtype) -> Variant:
+    """What has to be compiled for a plan."""
+    blocks = int(plan.entry.rpartition("_")[2]) if plan.source in (*TILED, *PLANE) else 1
+    return Variant(plan.source, dtype, plan.vec, plan.run, blocks)
+
+
 def starter(plan: Plan, dtype: torch.dtype, device: int) -> Callable[[Packed], None]:
     """What launches a plan on the current device, which is ``device``, and torch's current stream.
 
@@ -318,7 +352,7 @@ def starter(plan: Plan, dtype: torch.dtype, device: int) -> Callable[[Packed], N
     """
     from cupy_backends.cuda.api import driver
 
-    function = _kernel(device, plan.source, plan.entry, dtype, plan.vec, plan.run).kernel.ptr
+    function = _kernel(device, plan.entry, variant_of(plan, dtype)).kernel.ptr
     sizes = (plan.grid, 1, 1, plan.threads, 1, 1, plan.shared_bytes)
     launch = driver.launchKernel
 

@@ -6,7 +6,11 @@ import dataclasses
 import math
 
 import pytest
+import torch
 
+from gspn2_diffusion.ops import cupy_backend
+from gspn2_diffusion.ops.plane_plans import CLUSTERS as PLANE_CLUSTERS
+from gspn2_diffusion.ops.plane_plans import plane_plan, plane_tiles
 from gspn2_diffusion.ops.plans import (
     HELPERS,
     ITEMS,
@@ -66,6 +70,25 @@ def test_every_tile_keeps_to_the_kernels_rules(problem):
             assert (extended + 2) * tile.stage_lines <= WEIGHERS * ITEMS
             per_warp = 32 // lanes
             assert (plan.threads - HELPERS) // 32 * per_warp * tile.run >= extended
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_whatever_is_launched_is_compiled_beforehand(problem):
+    """By ``gspn2 doctor --prewarm``, for GPUs with clusters and for those without."""
+    dtypes = {2: (torch.bfloat16, torch.float16), 4: (torch.float32,)}[problem.itemsize]
+    for clusters in (CLUSTERS, (1,)):
+        compiled = set(cupy_backend.variants(clusters))
+        plans = [tiled_plan(problem, tile, True, LIMIT) for tile in tiles(problem, clusters)]
+        chunk = 16 // problem.itemsize
+        plans += [generic_plan(problem, vec, LIMIT) for vec in (1, chunk) if problem.per_group % vec == 0]
+        flat = dataclasses.replace(problem, channels=1, groups=1, width=problem.width + -problem.width % 8)
+        sizes = [n for n in clusters if n in PLANE_CLUSTERS]
+        plans += [plane_plan(flat, tile, True, LIMIT) for tile in plane_tiles(flat, sizes)]
+        wanted = {cupy_backend.variant_of(plan, dtype) for plan in plans if plan for dtype in dtypes}
+        kinds = {each.name.rpartition("_")[2] for each in wanted}
+        assert ("backward" if problem.backward else "forward") in kinds
+        assert "tiled" in kinds or len(clusters) == 1  # where a line may be too long for one block
+        assert wanted <= compiled
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
