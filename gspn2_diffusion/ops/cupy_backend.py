@@ -84,7 +84,12 @@ def kernel_source(variant: Variant, folders: Sequence[Path] | None = None) -> st
         "BLOCKS": variant.blocks,
     }
     preamble = "".join(f"#define {name} {value}\n" for name, value in values.items())
-    return preamble + _include(f"{variant.name}.cu", set(), folders or (source_folder(),))
+    return preamble + _whole(variant.name, tuple(folders or (source_folder(),)))
+
+
+@functools.cache  # many variants have one source
+def _whole(name: str, folders: tuple[Path, ...]) -> str:
+    return _include(f"{name}.cu", set(), folders)
 
 
 def _include(name: str, done: set[str], folders: Sequence[Path]) -> str:
