@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gspn2_diffusion.evaluation.document import markdown_table
+
 MEASURES = {  # top-1 and top-5 of concepts stand in one row
     "concept of trained pairs, top-1 / top-5": ("concept_top1/seen", "concept_top5/seen"),
     "concept of pairs known only in other styles, top-5": ("concept_top5/unseen_pair",),
@@ -53,7 +55,7 @@ def render(path: Path) -> str:
     between = (
         f"At sizes that it was not trained for ({own['settings']['steps']} steps, `{path.stem}-SIZE.json`):"
     )
-    return f"{_table(rows)}\n\n{between}\n\n{_table(sized)}"
+    return f"{markdown_table(rows)}\n\n{between}\n\n{markdown_table(sized)}"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -67,8 +69,3 @@ def _percent(share: float) -> str:
 
 def _joined(texts: Any) -> str:
     return " / ".join(texts)
-
-
-def _table(rows: list[list[str]]) -> str:
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -37,8 +37,7 @@ _BASE = (
     "these, so they differ in parameters, too."
 )
 _WIDE = (
-    " `gspn2-proxy-C/2` has proxies twice as wide as `gspn2` and pays for them with a narrower feed-forward; "
-    "it was trained, not judged."
+    " `gspn2-proxy-C/2` has proxies twice as wide as `gspn2` and pays for them with a narrower feed-forward."
 )
 _TRANSFER = (
     "The same weights, trained at 256 px alone, at other sizes. Line scans are kept in balance there "
@@ -85,7 +84,8 @@ def _write(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the first of them the head."""
     head, *body = rows
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -124,8 +124,8 @@ def _evaluations(evaluations: Mapping[str, dict[str, Any]]) -> str:
         parts.append(
             f"### {name.removeprefix('evaluation-')}\n\n{settings['height']}x{settings['width']}, "
             f"{settings['steps']} steps, guidance {settings['guidance']}, prompt set {facts['prompt_set']}, "
-            f"{facts['environment']['gpu']}, {facts['environment']['date'][:10]}.\n\n{_table(rows)}\n\n"
-            f"The judge itself on real pictures kept from it: {held}."
+            f"{facts['environment']['gpu']}, {facts['environment']['date'][:10]}.\n\n"
+            f"{markdown_table(rows)}\n\nThe judge itself on real pictures kept from it: {held}."
         )
     return "\n\n".join(parts if whole else [*parts, _MISSING])
 
@@ -157,11 +157,14 @@ def _study(facts: Mapping[str, Any], name: str, folder: Path) -> str:
         start += _BASE
     if "gspn2-proxy-C/2" in variants:
         start += _WIDE
+    judged = [bool(facts.get("evaluation")) for facts in variants.values()]
+    if any(judged) and not all(judged):
+        start += " Those without scores were trained, not judged."
     curves = {key: value["validation"] for key, value in variants.items()}
     _write(folder / f"results-{name}.svg", plot(curves, "val_unseen_pair"))
     failed = f"\n\nFailed runs: {', '.join(facts['failed'])}." if facts["failed"] else ""
     picture = f"![Validation loss on unseen pairs](results-{name}.svg)"
-    return f"{start}{failed}\n\n{_table(_rows(variants))}\n\n{picture}{_all_scores(variants)}"
+    return f"{start}{failed}\n\n{markdown_table(_rows(variants))}\n\n{picture}{_all_scores(variants)}"
 
 
 def _all_scores(variants: Mapping[str, Any]) -> str:
@@ -184,7 +187,7 @@ def _all_scores(variants: Mapping[str, Any]) -> str:
         values = [f"{distance['value']:.1f}" for distance in distances]
         real = f"{distances[0]['real']:.1f}"
         rows.append(["Frechet distance in the judge's feature space", *values, real])
-    return f"\n\nAll scores:\n\n{_table(rows)}"
+    return f"\n\nAll scores:\n\n{markdown_table(rows)}"
 
 
 def _rows(variants: Mapping[str, Any]) -> list[list[str]]:
@@ -239,7 +242,7 @@ def _resolutions(study: Mapping[str, Any], evaluations: Mapping[str, dict[str, A
             settings = facts["settings"]
             scores = [_percent(facts["scores"].get(key)) for key in _SHORT]
             rows.append([name, f"{settings['height']}x{settings['width']}", *scores])
-    return _table(rows) if len(rows) > 1 else _MISSING
+    return markdown_table(rows) if len(rows) > 1 else _MISSING
 
 
 def plot(curves: Mapping[str, Sequence[Mapping[str, float]]], measure: str) -> str:

@@ -345,8 +345,7 @@ def current_stream(device: int) -> int:
 
 def variant_of(plan: Plan, dtype: torch.dtype) -> Variant:
     """What has to be compiled for a plan."""
-    blocks = int(plan.entry.rpartition("_")[2]) if plan.source in (*TILED, *PLANE) else 1
-    return Variant(plan.source, dtype, plan.vec, plan.run, blocks)
+    return Variant(plan.source, dtype, plan.vec, plan.run, plan.blocks)
 
 
 def starter(plan: Plan, dtype: torch.dtype, device: int) -> Callable[[Packed], None]:

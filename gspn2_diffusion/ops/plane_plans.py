@@ -94,6 +94,7 @@ def plane_plan(problem: Problem, tile: PlaneTile, normalize: bool, shared_limit:
     return Plan(
         source=source,
         entry=f"{source}_{cluster}",
+        blocks=cluster,
         vec=RUN,
         run=RUN,
         grid=grid,

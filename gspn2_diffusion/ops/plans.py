@@ -109,6 +109,7 @@ class Plan:
     channel_slices: int = 1  # partial sums of the weights' gradient for each group
     tile: Tile | None = None  # of a tiled launch
     widths: tuple[int, int] = (0, 0)  # positions of a tile along a row and along a column
+    blocks: int = 1  # of a cluster
     boxes: int = 1  # a line's positions are copied in so many boxes
 
 
@@ -233,6 +234,7 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
     return Plan(
         source=name,
         entry=f"{name}_{tile.cluster}",
+        blocks=tile.cluster,
         vec=tile.vec,
         run=tile.run,
         grid=grid,
