@@ -81,9 +81,25 @@ struct Place {
   }
 };
 
+// A place in the rows of shared memory where these go across lines: it counts channels and lines. Elements lie at it xor
+// bits of the row's address, as 16 bytes of one line of neighbouring positions would share banks otherwise. Other rows
+// begin with the channels that are wanted.
+template <bool ACROSS> struct Inside {
+  int place, line;  // line: from one to the next
+  unsigned mask;    // bytes of a row, a power of two up to 128, less 16
+  __device__ __forceinline__ Inside(int c, int slice, int lines, int first_line, int sign)
+      : place(c + first_line * slice), line(sign * slice), mask(lines * slice * (unsigned)sizeof(scalar_t) - 16) {}
+  __device__ __forceinline__ int at(const scalar_t* row) const {
+    return ACROSS ? place ^ (int)((shared_address(row) >> 3 & mask) / sizeof(scalar_t)) : 0;
+  }
+  __device__ __forceinline__ void next_line() { place += line; }
+};
+
 // Where consumers leave what others need of their carried values, two such buffers used in turn. With one position a
-// thread everybody leaves it and reads the neighbours' there, [positions + 2][slice]; with more the neighbours come by
-// shuffles, and only the ends of the warps are left there, [warps + 2][2][slice].
+// thread everybody leaves it and reads the neighbours' there, [parts][positions + 2][lanes][up to four], so that lanes
+// side by side touch 16 bytes side by side; with more the neighbours come by shuffles, and only the ends of the warps
+// are left there, [warps + 2][2][slice].
+#define PARTS (VEC > 4 ? VEC / 4 : 1)
 __device__ __forceinline__ int border_elements(int consumers, int slice) {
   return RUN == 1 ? (consumers / 32 * (32 / (slice / VEC)) + 2) * slice : (consumers / 32 + 2) * 2 * slice;
 }
@@ -92,9 +108,10 @@ __device__ __forceinline__ int border_elements(int consumers, int slice) {
 struct Carry {
   float value[RUN][VEC];
 
-  __device__ __forceinline__ void publish(float* border, const Place& at, int slice) const {
+  // `apart`: between the parts of a border.
+  __device__ __forceinline__ void publish(float* border, const Place& at, int slice, int apart) const {
     if constexpr (RUN == 1) {
-      if (at.used) store_floats(border + (at.first + 1) * slice + at.c, value[0]);
+      if (at.used) store_floats(border + ((at.first + 1) * slice + at.c) / PARTS, value[0], apart);
     } else {
       float* const mine = border + (at.warp + 1) * 2 * slice + at.c;
       if (at.leads) store_floats(mine, value[0]);
@@ -103,12 +120,12 @@ struct Carry {
   }
 
   // value[r] = source[r] + weights of the position before, here and after times what they have.
-  __device__ __forceinline__ void step(const float* border, const Place& at, int slice, const float (&source)[RUN][VEC],
-                                       const float (&w)[RUN][3]) {
+  __device__ __forceinline__ void step(const float* border, const Place& at, int slice, int apart,
+                                       const float (&source)[RUN][VEC], const float (&w)[RUN][3]) {
     float before[VEC], after[VEC];
     if constexpr (RUN == 1) {
-      const float* const left = border + at.first * slice + at.c;
-      load_floats(before, left), load_floats(after, left + 2 * slice);
+      const float* const left = border + (at.first * slice + at.c) / PARTS;
+      load_floats(before, left, apart), load_floats(after, left + 2 * slice / PARTS, apart);
     } else {
 #pragma unroll
       for (int n = 0; n < VEC; ++n) {

@@ -24,6 +24,9 @@
 #define STAGES 4
 #define THREADS (VEC * RUN >= 12 ? 448 : 736)  // of a block at most
 #define WEIGHERS 128
+// Whether rows can be merged: with more positions a thread has no registers left, and with less than 16 bytes more threads
+// would do the same. The copies of older GPUs go line by line.
+#define MERGES (ACCELERATOR && RUN == 1 && VEC * sizeof(scalar_t) == 16)
 #define ITEMS 4  // positions times lines of a stage that a weigher has at most
 
 struct Tiling {
@@ -67,8 +70,7 @@ template <int CLUSTER> __device__ __forceinline__ Tile make_tile(const Tiling& t
   k.own = max(0, min(k.width, k.positions - k.start));
   k.halo = (int)t.halo;
   k.extended = k.width + 2 * k.halo;
-  // More positions a thread leave no registers for it; the copies of older GPUs go line by line.
-  const bool merged = ACCELERATOR && RUN == 1 && t.merged;
+  const bool merged = MERGES && t.merged;
   k.across = merged && !vertical;
   k.together = merged && vertical ? 128 / ((int)t.slice * (int)sizeof(scalar_t)) : 1;
   return k;
@@ -77,17 +79,17 @@ template <int CLUSTER> __device__ __forceinline__ Tile make_tile(const Tiling& t
 // ---- stages in shared memory --------------------------------------------------------------------
 
 // `count` positions of `lines` lines lie in shared memory as [box][line][box_positions][slice], or, where rows go across
-// lines, as [position][line][slice].
+// lines, as [position][line][slice]. There the accelerator swizzles the rows, see Inside.
 struct Layout {
-  int box_positions, box_elements, elements;  // elements of a box and of a stage, padded to 128 bytes
-  __device__ __forceinline__ Layout(int count, int lines, int slice, int boxes) {
-    const int unit = 128 / (int)sizeof(scalar_t);
+  int box_positions, box_elements, elements;  // elements of a box and of a stage, padded to 128 bytes (merged 256)
+  __device__ __forceinline__ Layout(int count, int lines, int slice, const Tiling& t) {
+    const int unit = (MERGES && t.merged ? 256 : 128) / (int)sizeof(scalar_t), boxes = boxes_of(t);
     box_positions = (count + boxes - 1) / boxes;
-    box_elements = (box_positions * lines * slice + unit - 1) / unit * unit;
+    box_elements = (box_positions * lines * slice + unit - 1) & -unit;
     elements = box_elements * boxes;
   }
-  // From one line to the next.
-  __device__ __forceinline__ int line(const Tile& k, int slice) const { return k.across ? slice : box_positions * slice; }
+  // From one line to the next, where they do not share rows.
+  __device__ __forceinline__ int line(const Tile& k, int slice) const { return k.across ? 0 : box_positions * slice; }
   // Of line 0; `pitch` leads from one position to the next.
   __device__ __forceinline__ int at(int q, int pitch) const {
     return q / box_positions * box_elements + q % box_positions * pitch;
@@ -141,11 +143,12 @@ __device__ __forceinline__ void send_remote(const float* local, unsigned barrier
 
 // ---- float vectors in shared memory -------------------------------------------------------------
 
-__device__ __forceinline__ void load_floats(float (&out)[VEC], const float* p) {
+// `apart`: from four elements to the next four.
+__device__ __forceinline__ void load_floats(float (&out)[VEC], const float* p, int apart = 4) {
 #pragma unroll
   for (int j = 0; j < VEC; j += (VEC >= 4 ? 4 : VEC)) {
     if constexpr (VEC >= 4) {
-      const float4 v = *reinterpret_cast<const float4*>(p + j);
+      const float4 v = *reinterpret_cast<const float4*>(p + j / 4 * apart);
       out[j] = v.x, out[j + 1] = v.y, out[j + 2] = v.z, out[j + 3] = v.w;
     } else if constexpr (VEC == 2) {
       const float2 v = *reinterpret_cast<const float2*>(p);
@@ -156,11 +159,11 @@ __device__ __forceinline__ void load_floats(float (&out)[VEC], const float* p) {
   }
 }
 
-__device__ __forceinline__ void store_floats(float* p, const float (&in)[VEC]) {
+__device__ __forceinline__ void store_floats(float* p, const float (&in)[VEC], int apart = 4) {
 #pragma unroll
   for (int j = 0; j < VEC; j += (VEC >= 4 ? 4 : VEC)) {
     if constexpr (VEC >= 4) {
-      *reinterpret_cast<float4*>(p + j) = make_float4(in[j], in[j + 1], in[j + 2], in[j + 3]);
+      *reinterpret_cast<float4*>(p + j / 4 * apart) = make_float4(in[j], in[j + 1], in[j + 2], in[j + 3]);
     } else if constexpr (VEC == 2) {
       *reinterpret_cast<float2*>(p) = make_float2(in[0], in[1]);
     } else {

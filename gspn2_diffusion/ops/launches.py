@@ -248,7 +248,8 @@ def tensor_maps(
             ]
             box = (row, -(-count // boxes), at_once, 1, 1)
             if pointer and 0 < box[1] <= MAX_BOX:
-                words += cupy_backend.tensor_map(setting.dtype, pointer, sizes, strides, box)
+                swizzled = tile.merged and across
+                words += cupy_backend.tensor_map(setting.dtype, pointer, sizes, strides, box, swizzled)
             else:
                 words += [0] * 16
     return tuple(words)
@@ -336,7 +337,8 @@ def backward_launch(
 
 # ---- what finishes the backward pass ------------------------------------------------------------
 
-_FINISH_THREADS = 256
+# As in cuda/line_scan_finish.cu: threads, rows and columns of a part, floats that it keeps of each direction.
+_FINISH_THREADS, _FINISH_PART, _FINISH_FLOATS = 256, (16, 32), 3 * 16 * 34 + 8
 
 
 @functools.lru_cache(maxsize=4096)
@@ -362,8 +364,10 @@ def finish_launch(
     vec, most = 16 // dtype.itemsize, 16 * cupy_backend.processors(device)
     pixels = batch * height * width
     blocks_x = min(most, -(-pixels * channels // (vec * _FINISH_THREADS))) if want_x else 0
-    coefficients = pixels * len(directions) * groups
-    blocks_weight = min(most, -(-coefficients // _FINISH_THREADS)) if want_weight else 0
+    parts = batch * groups * -(-height // _FINISH_PART[0]) * -(-width // _FINISH_PART[1])
+    apart = parts < 4 * cupy_backend.processors(device)
+    slots = 1 if apart else len(directions)  # that a block has
+    blocks_weight = min(most, parts * len(directions) // slots) if want_weight else 0
     problem = Problem(batch, height, width, channels, groups, directions, 0, dtype.itemsize, True)
     plan = Plan(
         source=cupy_backend.FINISH,
@@ -372,7 +376,7 @@ def finish_launch(
         run=1,
         grid=blocks_x + blocks_weight,
         threads=_FINISH_THREADS,
-        shared_bytes=0,
-        parameters=(*problem.shape, slices, int(normalize), blocks_x),
+        shared_bytes=4 * slots * _FINISH_FLOATS if want_weight else 0,
+        parameters=(*problem.shape, slices, int(normalize), blocks_x, int(apart)),
     )
     return Launch(plan, shape, setting, weight[:5])

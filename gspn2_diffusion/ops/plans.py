@@ -13,6 +13,7 @@ STAGES, WEIGHERS, ITEMS = 4, 128, 4  # as in cuda/tiled.cuh
 HELPERS = WEIGHERS + 32  # threads beside the consumers
 MAX_GRID = 2**31 - 1
 MAX_BOX = 256  # positions that the tensor memory accelerator copies at once
+_SUMMED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # lanes of a position whose values shuffles add up, backward
 _GENERIC_THREADS = 512  # __launch_bounds__ of the generic kernels
 RUNS = ((4, 1), (8, 1), (8, 3))  # channels and positions of a thread, for elements of two bytes
 _PREFERRED_SHARED_BYTES = 48 * 1024  # more would leave too few generic blocks on a multiprocessor
@@ -198,8 +199,8 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
     lanes = tile.slice // tile.vec
     if tile.slice % tile.vec or (problem.per_group % tile.slice and not _may_overhang(problem, tile)):
         return None
-    if problem.backward and (lanes > 32 or lanes & (lanes - 1)):
-        return None  # sums over the lanes of a position are made by shuffles
+    if problem.backward and lanes not in _SUMMED:
+        return None
     # The accelerator reads and writes shared memory at multiples of 128 bytes.
     unit = 128 // math.gcd(128, tile.slice * problem.itemsize)
     if tile.halo % unit or tile.halo % tile.stage_lines or (tile.merged and not may_merge(problem, tile)):
@@ -275,7 +276,8 @@ def may_merge(problem: Problem, tile: Tile) -> bool:
     row = tile.slice * problem.itemsize
     alone = tile.slice == problem.channels and problem.chunk_lines == problem.lines
     whole = 128 % row == 0 and problem.width % (128 // row) == 0
-    return problem.touching and alone and tile.run == 1 and whole
+    kernel = tile.run == 1 and tile.vec * problem.itemsize == 16
+    return problem.touching and alone and kernel and whole
 
 
 def tiled_shared_bytes(problem: Problem, tile: Tile, width: int, boxes: int, consumers: int) -> int:
@@ -283,7 +285,8 @@ def tiled_shared_bytes(problem: Problem, tile: Tile, width: int, boxes: int, con
     extended = width + 2 * tile.halo
     counts = (*[extended] * 2, *[width] * 2, width + 2) if problem.backward else (extended, extended, width)
     line = tile.stage_lines * tile.slice * problem.itemsize
-    stages = sum(boxes * ceil_div(ceil_div(count, boxes) * line, 128) * 128 for count in counts)
+    unit = 256 if tile.merged else 128
+    stages = sum(boxes * ceil_div(ceil_div(count, boxes) * line, unit) * unit for count in counts)
     weights = 16 * 2 * tile.stage_lines * extended
     per_warp = 32 // (tile.slice // tile.vec)
     border = consumers // 32 * per_warp + 2 if tile.run == 1 else 2 * (consumers // 32 + 2)

@@ -26,6 +26,9 @@ CASES = [  # (H, W), C, G, tile, chunk, dtype, options of the inputs (and "scans
     ((18, 16), 16, 1, Tile(8, 3, 16, 2, 4, 1), 9, BF16, {"normalize": False}),
     ((12, 14), 8, 1, Tile(2, 1, 8, 2, 4, 4), 0, FP32, {}),
     ((16, 18), 24, 1, Tile(8, 1, 16, 2, 4, 4), 0, BF16, {}),  # the last slice overhangs
+    ((16, 18), 48, 1, Tile(8, 1, 48, 2, 4, 2), 0, BF16, {}),  # six lanes to a position
+    ((10, 14), 24, 1, Tile(8, 3, 24, 1, 0, 2), 4, BF16, {"with_u": False}),  # and three
+    ((40, 66), 8, 1, Tile(8, 1, 8, 1, 0, 2), 0, BF16, {}),  # dW in parts of all directions
     ((3, 270), 8, 1, Tile(4, 3, 8, 1, 0, 1), 0, FP32, {"scans": (1, 0)}),  # a line in two boxes
     ((27, 24), 8, 1, Tile(8, 1, 8, 2, 8, 2, merged=True), 0, BF16, {}),
     ((33, 40), 8, 1, Tile(4, 1, 8, 2, 4, 4, merged=True), 0, FP32, {"with_u": False}),

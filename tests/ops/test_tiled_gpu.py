@@ -36,6 +36,10 @@ CASES = [  # (H, W), C, G, tile of elements of two bytes, chunk
     ((150, 190), 64, 2, Tile(8, 1, 32, 8, 8, 4), 0),
     ((150, 190), 64, 1, Tile(8, 3, 64, 8, 8, 2), 0),
     ((310, 318), 16, 1, Tile(8, 1, 16, 16, 8, 2), 0),
+    # six and twelve lanes to a position
+    ((150, 190), 96, 2, Tile(8, 1, 48, 8, 8, 1), 0),
+    ((40, 33), 48, 1, Tile(4, 1, 48, 2, 8, 2), 0),
+    ((61, 90), 48, 1, Tile(8, 3, 48, 2, 4, 1), 17),
     # the last slice overhangs
     ((64, 64), 280, 1, Tile(8, 1, 32, 1, 0, 2), 0),
     ((61, 90), 72, 1, Tile(4, 1, 32, 2, 8, 2), 0),
@@ -46,9 +50,9 @@ CASES = [  # (H, W), C, G, tile of elements of two bytes, chunk
 ]
 MERGED = [  # (H, W), C, tile of elements of two bytes
     ((40, 64), 8, Tile(8, 1, 8, 1, 0, 2, merged=True)),
-    ((61, 96), 16, Tile(4, 1, 16, 2, 8, 4, merged=True)),
+    ((61, 96), 16, Tile(8, 1, 16, 2, 8, 4, merged=True)),
     ((150, 120), 8, Tile(8, 1, 8, 5, 8, 2, merged=True)),
-    ((310, 320), 8, Tile(4, 1, 8, 8, 8, 4, merged=True)),
+    ((310, 320), 8, Tile(8, 1, 8, 8, 8, 4, merged=True)),
 ]
 
 
