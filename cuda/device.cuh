@@ -106,38 +106,6 @@ template <int SIZE> __device__ __forceinline__ void copy_async(unsigned to, cons
   }
 #endif
 }
-// The same with a hint for how long the L2 should keep what is around it: see keep_policy and stream_policy.
-template <int SIZE> __device__ __forceinline__ void copy_async(unsigned to, const void* from, int bytes, int64 policy) {
-#if __CUDA_ARCH__ >= 800
-  if constexpr (SIZE == 16) {
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from), "r"(bytes),
-                 "l"(policy) : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], %2, %3, %4;" ::"r"(to), "l"(from), "n"(SIZE),
-                 "r"(bytes), "l"(policy) : "memory");
-  }
-#endif
-}
-__device__ __forceinline__ int64 keep_policy() {
-  int64 policy = 0;
-#if __CUDA_ARCH__ >= 800
-  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-#endif
-  return policy;
-}
-__device__ __forceinline__ int64 stream_policy() {
-  int64 policy = 0;
-#if __CUDA_ARCH__ >= 800
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-#endif
-  return policy;
-}
-__device__ __forceinline__ void store16(void* p, unsigned a, unsigned b, unsigned c, unsigned d, int64 policy) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(p), "r"(a), "r"(b), "r"(c), "r"(d),
-               "l"(policy) : "memory");
-#endif
-}
 __device__ __forceinline__ void commit_copies_async() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");

@@ -42,7 +42,6 @@ struct Scan {
   const Parameters& a;
   const Tile& k;
   const Room& m;
-  const Policies& policies;
   Border border;
   bool has_before, has_after;
   float g[RUN], w[RUN][3];
@@ -207,7 +206,7 @@ template <bool REVERSED> __device__ __forceinline__ void scan_columns(Scan& scan
   const auto leave = [&](scalar_t* p, int r, int vector) {
     Words<16> words;
     load_words(words, m.of_column(stage, r, vector));
-    store16(p, words.word[0], words.word[1], words.word[2], words.word[3], scan.policies.of(p));
+    store_words(words, p);
   };
 #pragma unroll
   for (int r = 0; r < RUN; ++r) {
@@ -255,8 +254,7 @@ template <int CLUSTER> __device__ __forceinline__ void line_scan(const Parameter
   const Tile k = make_tile<CLUSTER>(t);
   if (k.begin >= k.end) return;  // the whole cluster: directions with fewer lines have fewer chunks
   const Room m(shared, k, t);
-  const Policies policies(k, true);
-  Scan scan = {a, k, m, policies};
+  Scan scan = {a, k, m};
   scan.border.setup<CLUSTER>(m, k, t);
   scan.has_before = k.first > 0, scan.has_after = k.first + RUN < k.positions;
   start_together<CLUSTER>();
@@ -273,12 +271,12 @@ template <int CLUSTER> __device__ __forceinline__ void line_scan(const Parameter
   const Plane<1> dx(a.dx + (k.slot * t.batch + k.batch) * picture, t.width, 1, k, true);
   const Plane<3> dweight(a.dweight + k.batch * a.g_b + k.slot * a.g_d, a.g_h, a.g_w, k, true);
   const auto fetch = [&](int stage) {
-    m.fetch(dy, DY, stage, k, vertical, policies);
-    if (a.u) m.fetch(u, U, stage, k, vertical, policies);
-    m.fetch(x, X, stage, k, vertical, policies);
-    m.fetch(lam, LAM, stage, k, vertical, policies);
-    m.fetch(h, H, stage, k, vertical, policies);
-    m.fetch(raw, RAW, stage, k, vertical, policies);
+    m.fetch(dy, DY, stage, k, vertical);
+    if (a.u) m.fetch(u, U, stage, k, vertical);
+    m.fetch(x, X, stage, k, vertical);
+    m.fetch(lam, LAM, stage, k, vertical);
+    m.fetch(h, H, stage, k, vertical);
+    m.fetch(raw, RAW, stage, k, vertical);
     fetch_states(m, h, stage, k, vertical);
     commit_copies_async();
   };

@@ -19,7 +19,6 @@ struct Scan {
   const Parameters& a;
   const Tile& k;
   const PlaneMemory<VECTORS>& m;
-  const Policies& policies;
   Border border;
   float h[RUN];
 
@@ -104,8 +103,8 @@ struct Scan {
     if (k.first >= k.positions) return;
 #pragma unroll
     for (int r = 0; r < RUN; ++r) {
-      store_columns(a.y + out + r * position, y[r], policies.of(a.y + out + r * position));
-      if (a.state) store_columns(a.state + out + r * position, states[r], policies.of(a.state + out + r * position));
+      store_columns(a.y + out + r * position, y[r]);
+      if (a.state) store_columns(a.state + out + r * position, states[r]);
     }
   }
 };
@@ -116,8 +115,7 @@ template <int CLUSTER> __device__ __forceinline__ void line_scan(const Parameter
   const Tile k = make_tile<CLUSTER>(t);
   if (k.begin >= k.end) return;  // the whole cluster: directions with fewer lines have fewer chunks
   const PlaneMemory<VECTORS> m(shared, k, t);
-  const Policies policies(k);
-  Scan scan = {a, k, m, policies};
+  Scan scan = {a, k, m};
   scan.border.setup<CLUSTER>(m, k, t);
   start_together<CLUSTER>();
   if (k.start >= k.positions) return;  // the whole warp
@@ -128,10 +126,10 @@ template <int CLUSTER> __device__ __forceinline__ void line_scan(const Parameter
   const Plane<1> u(a.u + k.batch * a.u_b + k.slot * a.u_d, a.u_h, a.u_w, k);
   const Plane<3> raw(a.weight + k.batch * a.w_b + k.slot * a.w_d, a.w_h, a.w_w, k);
   const auto fetch = [&](int stage) {
-    m.fetch(x, X, stage, k, vertical, policies);
-    m.fetch(lam, LAM, stage, k, vertical, policies);
-    if (a.u) m.fetch(u, U, stage, k, vertical, policies);
-    m.fetch(raw, RAW, stage, k, vertical, policies);
+    m.fetch(x, X, stage, k, vertical);
+    m.fetch(lam, LAM, stage, k, vertical);
+    if (a.u) m.fetch(u, U, stage, k, vertical);
+    m.fetch(raw, RAW, stage, k, vertical);
     commit_copies_async();
   };
   const Plane<1> y(a.y + k.batch * a.y_b + k.slot * a.y_d, a.y_h, a.y_w, k);

@@ -57,18 +57,6 @@ template <int COUNT> struct Plane {
   }
 };
 
-// A scan over columns comes back for the rest of a line of the L2, 128 bytes, eight stages long: it should stay until then.
-// Everything else is wanted once.
-struct Policies {
-  int64 keep, stream;
-  int last;  // which 16 bytes of a line of the L2 come last
-  __device__ __forceinline__ Policies(const Tile& k, bool backwards = false)
-      : keep(keep_policy()), stream(stream_policy()), last((k.direction == LEFT) != backwards ? 0 : 7) {}
-  __device__ __forceinline__ int64 of(const void* p) const {
-    return ((unsigned)reinterpret_cast<unsigned long long>(p) >> 4 & 7) == (unsigned)last ? stream : keep;
-  }
-};
-
 // Of each warp: [PLANE_STAGES][vectors of a stage][32 lanes], [PLANE_STAGES][EXTRA bytes]. Of the block:
 // [warps][parity][side] states that neighbours sent, as many barriers.
 template <int VECTORS, int EXTRA = 0> struct PlaneMemory {
@@ -96,8 +84,8 @@ template <int VECTORS, int EXTRA = 0> struct PlaneMemory {
   }
   // Copies a stage of a tensor whose vectors start at `vector`.
   template <int COUNT>
-  __device__ __forceinline__ void fetch(const Plane<COUNT>& p, int vector, int stage, const Tile& k, bool vertical,
-                                        const Policies& policies) const {
+  __device__ __forceinline__ void fetch(const Plane<COUNT>& p, int vector, int stage, const Tile& k,
+                                        bool vertical) const {
     if (vertical) {
 #pragma unroll
       for (int j = 0; j < COLUMNS; ++j) {
@@ -106,17 +94,16 @@ template <int VECTORS, int EXTRA = 0> struct PlaneMemory {
 #pragma unroll
         for (int n = 0; n < COUNT; ++n)
           copy_async<FOUR_BYTES>(shared_address(of_row(stage, j, vector + n)), p.from + step * p.line + 4 * n,
-                                 there ? FOUR_BYTES : 0, policies.stream);
+                                 there ? FOUR_BYTES : 0);
       }
     } else {
       const bool there = stage * COLUMNS < k.total && k.first < k.positions;
 #pragma unroll
       for (int r = 0; r < RUN; ++r) {
 #pragma unroll
-        for (int n = 0; n < COUNT; ++n) {
-          const scalar_t* const from = p.from + stage * COLUMNS * p.line + r * p.position + COLUMNS * n;
-          copy_async<16>(shared_address(of_column(stage, r, vector + n)), from, there ? 16 : 0, policies.of(from));
-        }
+        for (int n = 0; n < COUNT; ++n)
+          copy_async<16>(shared_address(of_column(stage, r, vector + n)),
+                         p.from + stage * COLUMNS * p.line + r * p.position + COLUMNS * n, there ? 16 : 0);
       }
     }
   }
@@ -216,7 +203,7 @@ template <int COUNT> struct Columns {
   }
 };
 
-__device__ __forceinline__ void store_columns(scalar_t* p, const float (&in)[COLUMNS], int64 policy) {
+__device__ __forceinline__ void store_columns(scalar_t* p, const float (&in)[COLUMNS]) {
   Words<16> out;
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
@@ -226,7 +213,7 @@ __device__ __forceinline__ void store_columns(scalar_t* p, const float (&in)[COL
     out.word[n] = from_floats(in[2 * n], in[2 * n + 1]);
 #endif
   }
-  store16(p, out.word[0], out.word[1], out.word[2], out.word[3], policy);
+  store_words(out, p);
 }
 
 // The weights of this lane's positions, which all exist or none of them.

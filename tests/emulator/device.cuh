@@ -53,13 +53,6 @@ template <int SIZE> void copy_async(unsigned to, const void* from, int bytes) {
   memset(target, 0xff, SIZE);  // nothing to be read yet
   emulator::current->open.push_back({target, static_cast<const char*>(from), SIZE, bytes});
 }
-template <int SIZE> void copy_async(unsigned to, const void* from, int bytes, int64) { copy_async<SIZE>(to, from, bytes); }
-inline int64 keep_policy() { return 1; }
-inline int64 stream_policy() { return 2; }
-inline void store16(void* p, unsigned a, unsigned b, unsigned c, unsigned d, int64) {
-  unsigned words[4] = {a, b, c, d};
-  memcpy(p, words, 16);
-}
 inline void commit_copies_async() {
   emulator::current->groups.push_back(std::move(emulator::current->open));
   emulator::current->open.clear();
