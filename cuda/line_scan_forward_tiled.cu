@@ -309,8 +309,8 @@ template <int CLUSTER> __device__ __forceinline__ void line_scan(const Parameter
   const int thread = threadIdx.x, consumers = (int)a.tiling.consumers, capacity = (int)a.tiling.stage_lines;
   const int stages = (k.end - k.begin + capacity - 1) / capacity;
   if (thread < consumers) {
-    if (MERGES && k.across) {
-      consume_stages<CLUSTER, MERGES>(a, k, m, thread, stages);
+    if (RUN == 1 && k.across) {
+      consume_stages<CLUSTER, RUN == 1>(a, k, m, thread, stages);
     } else {
       consume_stages<CLUSTER, false>(a, k, m, thread, stages);
     }

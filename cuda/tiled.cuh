@@ -24,9 +24,6 @@
 #define STAGES 4
 #define THREADS (VEC * RUN >= 12 ? 448 : 736)  // of a block at most
 #define WEIGHERS 128
-// Whether rows can be merged: with more positions a thread has no registers left, and with less than 16 bytes more threads
-// would do the same. The copies of older GPUs go line by line.
-#define MERGES (ACCELERATOR && RUN == 1 && VEC * sizeof(scalar_t) == 16)
 #define ITEMS 4  // positions times lines of a stage that a weigher has at most
 
 struct Tiling {
@@ -70,7 +67,8 @@ template <int CLUSTER> __device__ __forceinline__ Tile make_tile(const Tiling& t
   k.own = max(0, min(k.width, k.positions - k.start));
   k.halo = (int)t.halo;
   k.extended = k.width + 2 * k.halo;
-  const bool merged = MERGES && t.merged;
+  // More positions a thread leave no registers for it; the copies of older GPUs go line by line.
+  const bool merged = ACCELERATOR && RUN == 1 && t.merged;
   k.across = merged && !vertical;
   k.together = merged && vertical ? 128 / ((int)t.slice * (int)sizeof(scalar_t)) : 1;
   return k;
@@ -83,7 +81,7 @@ template <int CLUSTER> __device__ __forceinline__ Tile make_tile(const Tiling& t
 struct Layout {
   int box_positions, box_elements, elements;  // elements of a box and of a stage, padded to 128 bytes (merged 256)
   __device__ __forceinline__ Layout(int count, int lines, int slice, const Tiling& t) {
-    const int unit = (MERGES && t.merged ? 256 : 128) / (int)sizeof(scalar_t), boxes = boxes_of(t);
+    const int unit = (RUN == 1 && t.merged ? 256 : 128) / (int)sizeof(scalar_t), boxes = boxes_of(t);
     box_positions = (count + boxes - 1) / boxes;
     box_elements = (box_positions * lines * slice + unit - 1) & -unit;
     elements = box_elements * boxes;

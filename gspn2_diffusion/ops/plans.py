@@ -276,8 +276,7 @@ def may_merge(problem: Problem, tile: Tile) -> bool:
     row = tile.slice * problem.itemsize
     alone = tile.slice == problem.channels and problem.chunk_lines == problem.lines
     whole = 128 % row == 0 and problem.width % (128 // row) == 0
-    kernel = tile.run == 1 and tile.vec * problem.itemsize == 16
-    return problem.touching and alone and kernel and whole
+    return problem.touching and alone and tile.run == 1 and whole
 
 
 def tiled_shared_bytes(problem: Problem, tile: Tile, width: int, boxes: int, consumers: int) -> int:

@@ -50,9 +50,9 @@ CASES = [  # (H, W), C, G, tile of elements of two bytes, chunk
 ]
 MERGED = [  # (H, W), C, tile of elements of two bytes
     ((40, 64), 8, Tile(8, 1, 8, 1, 0, 2, merged=True)),
-    ((61, 96), 16, Tile(8, 1, 16, 2, 8, 4, merged=True)),
+    ((61, 96), 16, Tile(4, 1, 16, 2, 8, 4, merged=True)),
     ((150, 120), 8, Tile(8, 1, 8, 5, 8, 2, merged=True)),
-    ((310, 320), 8, Tile(8, 1, 8, 8, 8, 4, merged=True)),
+    ((310, 320), 8, Tile(4, 1, 8, 8, 8, 4, merged=True)),
 ]
 
 
