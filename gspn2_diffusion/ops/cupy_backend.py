@@ -287,9 +287,8 @@ def tensor_map(
         sizes: elements of each dimension, innermost first.
         strides: in elements, of every dimension but the innermost, which is contiguous.
         box: elements of what one copy takes, zeros where it reaches outside.
-        swizzled: in shared memory 16 bytes lie not at their address but at
-            ``address ^ (address >> 3 & (row - 16))``, ``row`` the innermost bytes of the box: 16 (as they are),
-            32, 64 or 128.
+        swizzled: in shared memory the 16 bytes at an address lie at ``address ^ (address >> 3 & (row - 16))``,
+            ``row`` the innermost bytes of the box: 16 (as they are), 32, 64 or 128.
 
     Raises:
         RuntimeError: the driver refuses.
