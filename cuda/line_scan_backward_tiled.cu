@@ -30,9 +30,9 @@ struct Memory {
   float* received;                 // [2][left, right][halo][slice]
   int64* barriers;                 // [STAGES], and two of the exchange
   __device__ Memory(char* base, const Tile& k, const Tiling& t)
-      : wide(k.extended, (int)t.stage_lines, (int)t.slice, t),
-        narrow(k.width, (int)t.stage_lines, (int)t.slice, t),
-        around(k.width + 2, (int)t.stage_lines, (int)t.slice, t) {
+      : wide(k.extended, (int)t.stage_lines, (int)t.slice, boxes_of(t)),
+        narrow(k.width, (int)t.stage_lines, (int)t.slice, boxes_of(t)),
+        around(k.width + 2, (int)t.stage_lines, (int)t.slice, boxes_of(t)) {
     const int slice = (int)t.slice, lines = (int)t.stage_lines;
     dy = reinterpret_cast<scalar_t*>(base);
     u = dy + STAGES * wide.elements;
@@ -156,9 +156,8 @@ struct Copier {
 // for. h of the line stays as it was loaded; its product with dy is du, which takes the place of dy or goes to `du`.
 struct Line {
   float source[RUN][VEC], w[RUN][3];
-  template <bool ACROSS>
-  __device__ __forceinline__ void load_from(scalar_t* dy, const scalar_t* u, const float4* weights, const int (&at)[RUN],
-                                            const Inside<ACROSS>& inside, int first, int extended, const Vector (&hidden)[RUN], const bool (&wants_du)[RUN],
+  __device__ __forceinline__ void load_from(scalar_t* dy, const scalar_t* u, const float4* weights, const int (&at)[RUN], int first,
+                                            int extended, const Vector (&hidden)[RUN], const bool (&wants_du)[RUN],
                                             scalar_t* du, int64 du_step) {
     float gate[VEC];
 #pragma unroll
@@ -167,15 +166,14 @@ struct Line {
 #pragma unroll
       for (int n = 0; n < VEC; ++n) source[r][n] = 0.0f;
       if (first + r < extended) {
-        const int here = at[r] + inside.at(dy + at[r]);
-        load(source[r], dy + here);
+        load(source[r], dy + at[r]);
         if (wants_du[r]) {
 #pragma unroll
           for (int n = 0; n < VEC; ++n) gate[n] = source[r][n] * to_float(hidden[r].element[n]);
-          store(du ? du + r * du_step : dy + here, gate);
+          store(du ? du + r * du_step : dy + at[r], gate);
         }
         if (u) {
-          load(gate, u + here);
+          load(gate, u + at[r]);
 #pragma unroll
           for (int n = 0; n < VEC; ++n) source[r][n] *= gate[n];
         }
@@ -255,8 +253,7 @@ __device__ __forceinline__ void copy_stages(const Parameters& a, const Tile& k, 
 #endif
 }
 
-// ACROSS: k.across, for which other scans should not pay.
-template <int CLUSTER, bool ACROSS>
+template <int CLUSTER>
 __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& k, const Memory& m, int thread, int stages) {
   const Tiling& t = a.tiling;
   const int slice = (int)t.slice, capacity = (int)t.stage_lines, consumers = (int)t.consumers, total = k.end - k.begin;
@@ -265,8 +262,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
   for (int n = thread; n < 2 * border + 4 * k.halo * slice; n += consumers) m.border[n] = 0.0f;
 
   const Place at(thread, slice);
-  const int pitch = ACROSS ? capacity * slice : slice;  // of positions in shared memory
-  const int c = ACROSS ? 0 : at.c;                  // where rows begin
+  const int pitch = k.across ? capacity * slice : slice;  // of positions in shared memory
   const int readable = at.used ? k.extended : 0;  // positions before this one are there to be read
   const Exchange exchange = {m.received, shared_address(m.barriers + STAGES), k.halo, k.own, slice, k.rank, CLUSTER};
   const int p = k.start - k.halo + at.first;
@@ -289,7 +285,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
     const int q = at.first + r;
     own[r] = at.used && at.c < k.channels && q >= k.halo && q < k.halo + k.own;
     wants_du[r] = own[r] && a.du;
-    at_wide[r] = m.wide.at(q, pitch) + c, at_narrow[r] = m.narrow.at(own[r] ? q - k.halo : 0, pitch) + c;
+    at_wide[r] = m.wide.at(q, pitch) + at.c, at_narrow[r] = m.narrow.at(own[r] ? q - k.halo : 0, pitch) + at.c;
 #pragma unroll
     for (int n = 0; n < VEC; ++n) g.value[r][n] = 0.0f, hidden[r].element[n] = 0;
     if (wants_du[r]) load_words(hidden[r].words, a.state + out.at(0, p + r) + at.c);
@@ -297,7 +293,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
   int at_around[RUN + 2];  // of the positions from one before to one after
 #pragma unroll
   for (int r = 0; r < RUN + 2; ++r)
-    at_around[r] = m.around.at(max(0, min(at.first + r - k.halo, k.width + 1)), pitch) + c;
+    at_around[r] = m.around.at(max(0, min(at.first + r - k.halo, k.width + 1)), pitch) + at.c;
   const int first_line = ACCELERATOR && !backwards ? capacity - 1 : 0, sign = ACCELERATOR && !backwards ? -1 : 1;
   const int wide_line = m.wide.line(k, slice), narrow_line = m.narrow.line(k, slice), around_line = m.around.line(k, slice);
   const int u_after_dy = a.u ? (int)(m.u - m.dy) : 0, lam_after_x = (int)(m.lam - m.x);
@@ -317,9 +313,8 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
     scalar_t* x = m.x + slot * m.narrow.elements + first_line * narrow_line;
     const scalar_t* h = m.h + slot * m.around.elements + first_line * around_line;
     const float4* weights = m.weights + (stage & 1) * capacity * k.extended + at.first;
-    Inside<ACROSS> inside(at.c, slice, capacity, first_line, sign);
     Line next;
-    next.load_from(dy, a.u ? dy + u_after_dy : nullptr, weights, at_wide, inside, at.first, readable, hidden, wants_du, du,
+    next.load_from(dy, a.u ? dy + u_after_dy : nullptr, weights, at_wide, at.first, readable, hidden, wants_du, du,
                    out.position);
 #pragma unroll 1
     for (int j = 0; j < steps; ++j) {
@@ -337,7 +332,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
       for (int r = 0; r < RUN; ++r) {
         dw[r][0] = dw[r][1] = dw[r][2] = 0.0f;
         if (!own[r]) continue;
-        scalar_t* const place = x + at_narrow[r] + inside.at(x + at_narrow[r]);
+        scalar_t* const place = x + at_narrow[r];
         load(value, place);
 #pragma unroll
         for (int n = 0; n < VEC; ++n) value[n] *= g.value[r][n];
@@ -353,7 +348,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
           const bool needed = (r > 1 && own[r - 2]) || (r > 0 && r <= RUN && own[r - 1]) || (r < RUN && own[r]);
           if (!needed) continue;
           Vector bits;
-          load_words(bits.words, h + at_around[r] + inside.at(h + at_around[r]));
+          load_words(bits.words, h + at_around[r]);
           if (r > 0 && r <= RUN) hidden[r - 1] = bits;
           const int q = p + r - 1;
           if (!a.dweight || q < 0 || q >= k.positions) continue;
@@ -393,8 +388,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
       if (CLUSTER > 1 && ++since == k.halo) since = 0, ++exchanges;
       if (j + 1 == steps) break;
       dy += sign * wide_line, x += sign * narrow_line, h += sign * around_line, weights += k.extended;
-      inside.next_line();
-      next.load_from(dy, a.u ? dy + u_after_dy : nullptr, weights, at_wide, inside, at.first, readable, hidden, wants_du, du,
+      next.load_from(dy, a.u ? dy + u_after_dy : nullptr, weights, at_wide, at.first, readable, hidden, wants_du, du,
                      out.position);
       consumer_barrier(consumers);
     }
@@ -411,11 +405,7 @@ template <int CLUSTER> __device__ __forceinline__ void line_scan(const Parameter
   const int thread = threadIdx.x, consumers = (int)a.tiling.consumers, capacity = (int)a.tiling.stage_lines;
   const int stages = (k.end - k.begin + capacity - 1) / capacity;
   if (thread < consumers) {
-    if (RUN == 1 && k.across) {
-      consume_stages<CLUSTER, RUN == 1>(a, k, m, thread, stages);
-    } else {
-      consume_stages<CLUSTER, false>(a, k, m, thread, stages);
-    }
+    consume_stages<CLUSTER>(a, k, m, thread, stages);
   } else if (thread < consumers + WEIGHERS) {
     weigh_stages<CLUSTER>(a, k, m, thread - consumers, stages);
   } else {

@@ -23,8 +23,8 @@ struct Memory {
   float* received;          // [2][left, right][halo][slice]
   int64* barriers;          // [STAGES], and two of the exchange
   __device__ Memory(char* base, const Tile& k, const Tiling& t)
-      : wide(k.extended, (int)t.stage_lines, (int)t.slice, t),
-        narrow(k.width, (int)t.stage_lines, (int)t.slice, t) {
+      : wide(k.extended, (int)t.stage_lines, (int)t.slice, boxes_of(t)),
+        narrow(k.width, (int)t.stage_lines, (int)t.slice, boxes_of(t)) {
     const int slice = (int)t.slice, lines = (int)t.stage_lines;
     x = reinterpret_cast<scalar_t*>(base);
     lam = x + STAGES * wide.elements;
@@ -120,9 +120,8 @@ struct Copier {
 struct Line {
   float source[RUN][VEC], w[RUN][3];
   Vector gate[RUN];
-  template <bool ACROSS>
   __device__ __forceinline__ void load_from(const scalar_t* x, const scalar_t* lam, const scalar_t* u, const float4* weights,
-                                            const int (&at)[RUN], const int (&at_narrow)[RUN], const Inside<ACROSS>& inside,
+                                            const int (&at)[RUN], const int (&at_narrow)[RUN],
                                             const bool (&own)[RUN], int first, int extended) {
     float factor[VEC];
 #pragma unroll
@@ -131,12 +130,11 @@ struct Line {
 #pragma unroll
       for (int n = 0; n < VEC; ++n) source[r][n] = 0.0f;
       if (first + r < extended) {
-        const int here = at[r] + inside.at(x + at[r]);
-        load(source[r], x + here);
-        load(factor, lam + here);
+        load(source[r], x + at[r]);
+        load(factor, lam + at[r]);
 #pragma unroll
         for (int n = 0; n < VEC; ++n) source[r][n] *= factor[n];
-        if (u && own[r]) load_words(gate[r].words, u + at_narrow[r] + inside.at(u + at_narrow[r]));
+        if (u && own[r]) load_words(gate[r].words, u + at_narrow[r]);
         v = weights[r];
       }
       w[r][0] = v.x, w[r][1] = v.y, w[r][2] = v.z;
@@ -210,8 +208,7 @@ __device__ __forceinline__ void copy_stages(const Parameters& a, const Tile& k, 
 #endif
 }
 
-// ACROSS: k.across, for which other scans should not pay.
-template <int CLUSTER, bool ACROSS>
+template <int CLUSTER>
 __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& k, const Memory& m, int thread, int stages) {
   const int slice = (int)a.tiling.slice, capacity = (int)a.tiling.stage_lines, consumers = (int)a.tiling.consumers;
   const int border = border_elements(consumers, slice), apart = border / PARTS;
@@ -219,8 +216,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
   for (int n = thread; n < 2 * border + 4 * k.halo * slice; n += consumers) m.border[n] = 0.0f;
 
   const Place at(thread, slice);
-  const int pitch = ACROSS ? capacity * slice : slice;  // of positions in shared memory
-  const int c = ACROSS ? 0 : at.c;                  // where rows begin
+  const int pitch = k.across ? capacity * slice : slice;  // of positions in shared memory
   const int readable = at.used ? k.extended : 0;  // positions before this one are there to be read
   const Exchange exchange = {m.received, shared_address(m.barriers + STAGES), k.halo, k.own, slice, k.rank, CLUSTER};
   const bool stores_state = a.state && boxes_of(a.tiling) > 1;  // where the accelerator cannot
@@ -231,7 +227,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
   for (int r = 0; r < RUN; ++r) {
     const int q = at.first + r;
     own[r] = at.used && at.c < k.channels && q >= k.halo && q < k.halo + k.own;
-    at_wide[r] = m.wide.at(q, pitch) + c, at_narrow[r] = m.narrow.at(own[r] ? q - k.halo : 0, pitch) + c;
+    at_wide[r] = m.wide.at(q, pitch) + at.c, at_narrow[r] = m.narrow.at(own[r] ? q - k.halo : 0, pitch) + at.c;
   }
   scalar_t* state = a.state + vy.at(k.begin, k.start - k.halo + at.first) + at.c;
   Carry h;
@@ -259,9 +255,8 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
     scalar_t* x = m.x + slot * m.wide.elements + first_line * wide_line;
     scalar_t* u = m.u + slot * m.narrow.elements + first_line * narrow_line;
     const float4* weights = m.weights + (stage & 1) * capacity * k.extended + at.first;
-    Inside<ACROSS> inside(at.c, slice, capacity, first_line, backwards ? -1 : 1);
     Line next;
-    next.load_from(x, x + lam_after_x, a.u ? u : nullptr, weights, at_wide, at_narrow, inside, own, at.first, readable);
+    next.load_from(x, x + lam_after_x, a.u ? u : nullptr, weights, at_wide, at_narrow, own, at.first, readable);
 #pragma unroll 1
     for (int j = 0; j < lines; ++j) {
       if (CLUSTER > 1 && since == 0 && stage > 0) {
@@ -276,15 +271,14 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
 #pragma unroll
       for (int r = 0; r < RUN; ++r) {
         if (!own[r]) continue;
-        if (a.state) store(stores_state ? state + r * vy.position : x + at_wide[r] + inside.at(x + at_wide[r]), h.value[r]);
-        scalar_t* const y = u + at_narrow[r];
+        if (a.state) store(stores_state ? state + r * vy.position : x + at_wide[r], h.value[r]);
         if (a.u) {
           float out[VEC];
 #pragma unroll
           for (int n = 0; n < VEC; ++n) out[n] = to_float(next.gate[r].element[n]) * h.value[r][n];
-          store(y + inside.at(y), out);
+          store(u + at_narrow[r], out);
         } else {
-          store(y + inside.at(y), h.value[r]);
+          store(u + at_narrow[r], h.value[r]);
         }
       }
       state += vy.line;
@@ -292,8 +286,8 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
       current = previous, previous = swap;
       if (CLUSTER > 1 && ++since == k.halo) since = 0, ++exchanges;
       if (j + 1 == lines) break;
-      x += wide_step, u += narrow_step, inside.next_line(), weights += k.extended;
-      next.load_from(x, x + lam_after_x, a.u ? u : nullptr, weights, at_wide, at_narrow, inside, own, at.first, readable);
+      x += wide_step, u += narrow_step, weights += k.extended;
+      next.load_from(x, x + lam_after_x, a.u ? u : nullptr, weights, at_wide, at_narrow, own, at.first, readable);
       consumer_barrier(consumers);
     }
     publish_results();
@@ -309,11 +303,7 @@ template <int CLUSTER> __device__ __forceinline__ void line_scan(const Parameter
   const int thread = threadIdx.x, consumers = (int)a.tiling.consumers, capacity = (int)a.tiling.stage_lines;
   const int stages = (k.end - k.begin + capacity - 1) / capacity;
   if (thread < consumers) {
-    if (RUN == 1 && k.across) {
-      consume_stages<CLUSTER, RUN == 1>(a, k, m, thread, stages);
-    } else {
-      consume_stages<CLUSTER, false>(a, k, m, thread, stages);
-    }
+    consume_stages<CLUSTER>(a, k, m, thread, stages);
   } else if (thread < consumers + WEIGHERS) {
     weigh_stages<CLUSTER>(a, k, m, thread - consumers, stages);
   } else {

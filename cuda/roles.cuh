@@ -81,20 +81,6 @@ struct Place {
   }
 };
 
-// A place in the rows of shared memory where these go across lines: it counts channels and lines. Elements lie at it xor
-// bits of the row's address, as 16 bytes of one line of neighbouring positions would share banks otherwise. Other rows
-// begin with the channels that are wanted.
-template <bool ACROSS> struct Inside {
-  int place, line;  // line: from one to the next
-  unsigned mask;    // bytes of a row, a power of two up to 128, less 16
-  __device__ __forceinline__ Inside(int c, int slice, int lines, int first_line, int sign)
-      : place(c + first_line * slice), line(sign * slice), mask(lines * slice * (unsigned)sizeof(scalar_t) - 16) {}
-  __device__ __forceinline__ int at(const scalar_t* row) const {
-    return ACROSS ? place ^ (int)((shared_address(row) >> 3 & mask) / sizeof(scalar_t)) : 0;
-  }
-  __device__ __forceinline__ void next_line() { place += line; }
-};
-
 // Where consumers leave what others need of their carried values, two such buffers used in turn. With one position a
 // thread everybody leaves it and reads the neighbours' there, [parts][positions + 2][lanes][up to four], so that lanes
 // side by side touch 16 bytes side by side; with more the neighbours come by shuffles, and only the ends of the warps

@@ -77,17 +77,17 @@ template <int CLUSTER> __device__ __forceinline__ Tile make_tile(const Tiling& t
 // ---- stages in shared memory --------------------------------------------------------------------
 
 // `count` positions of `lines` lines lie in shared memory as [box][line][box_positions][slice], or, where rows go across
-// lines, as [position][line][slice]. There the accelerator swizzles the rows, see Inside.
+// lines, as [position][line][slice].
 struct Layout {
-  int box_positions, box_elements, elements;  // elements of a box and of a stage, padded to 128 bytes (merged 256)
-  __device__ __forceinline__ Layout(int count, int lines, int slice, const Tiling& t) {
-    const int unit = (RUN == 1 && t.merged ? 256 : 128) / (int)sizeof(scalar_t), boxes = boxes_of(t);
+  int box_positions, box_elements, elements;  // elements of a box and of a stage, padded to 128 bytes
+  __device__ __forceinline__ Layout(int count, int lines, int slice, int boxes) {
+    const int unit = 128 / (int)sizeof(scalar_t);
     box_positions = (count + boxes - 1) / boxes;
-    box_elements = (box_positions * lines * slice + unit - 1) & -unit;
+    box_elements = (box_positions * lines * slice + unit - 1) / unit * unit;
     elements = box_elements * boxes;
   }
-  // From one line to the next, where they do not share rows.
-  __device__ __forceinline__ int line(const Tile& k, int slice) const { return k.across ? 0 : box_positions * slice; }
+  // From one line to the next.
+  __device__ __forceinline__ int line(const Tile& k, int slice) const { return k.across ? slice : box_positions * slice; }
   // Of line 0; `pitch` leads from one position to the next.
   __device__ __forceinline__ int at(int q, int pitch) const {
     return q / box_positions * box_elements + q % box_positions * pitch;

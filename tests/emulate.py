@@ -89,12 +89,7 @@ def starter(
 
 
 def tensor_map(
-    dtype: torch.dtype,
-    pointer: int,
-    sizes: Sequence[int],
-    strides: Sequence[int],
-    box: Sequence[int],
-    swizzled: bool = False,
+    dtype: torch.dtype, pointer: int, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]
 ) -> tuple[int, ...]:
     """A tensor as ``emulator/device.cuh`` reads it; what the driver would refuse is refused."""
     assert len(sizes) == len(box) == len(strides) + 1 == 5
@@ -102,8 +97,7 @@ def tensor_map(
     assert all(stride > 0 and stride * dtype.itemsize % 16 == 0 for stride in strides)
     assert all(0 < count <= 256 for count in box)
     assert box[0] * dtype.itemsize % 16 == 0
-    assert not swizzled or box[0] * dtype.itemsize in cupy_backend._SWIZZLES
-    return pointer, *sizes, *strides, *box, int(swizzled)
+    return pointer, *sizes, *strides, *box, 0
 
 
 @contextlib.contextmanager

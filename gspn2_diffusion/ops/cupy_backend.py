@@ -262,7 +262,6 @@ def _try_device(device: int) -> tuple[bool, str]:
 # ---- tensor maps --------------------------------------------------------------------------------
 
 _MAP_TYPES = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}  # CUtensorMapDataType
-_SWIZZLES = {16: 0, 32: 1, 64: 2, 128: 3}  # CUtensorMapSwizzle, by the bytes of a row
 PROMOTION = 0  # CUtensorMapL2promotion: none, 64, 128 or 256 bytes
 
 
@@ -274,12 +273,7 @@ def _encode_tensor_map() -> Any:
 
 
 def tensor_map(
-    dtype: torch.dtype,
-    pointer: int,
-    sizes: Sequence[int],
-    strides: Sequence[int],
-    box: Sequence[int],
-    swizzled: bool = False,
+    dtype: torch.dtype, pointer: int, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]
 ) -> tuple[int, ...]:
     """A tensor for the tensor memory accelerator, as the 16 words of a ``CUtensorMap``.
 
@@ -287,14 +281,11 @@ def tensor_map(
         sizes: elements of each dimension, innermost first.
         strides: in elements, of every dimension but the innermost, which is contiguous.
         box: elements of what one copy takes, zeros where it reaches outside.
-        swizzled: in shared memory the 16 bytes at an address lie at ``address ^ (address >> 3 & (row - 16))``,
-            ``row`` the innermost bytes of the box: 16 (as they are), 32, 64 or 128.
 
     Raises:
         RuntimeError: the driver refuses.
     """
     rank = len(sizes)
-    swizzle = _SWIZZLES[box[0] * dtype.itemsize] if swizzled else 0
     words = (ctypes.c_int64 * 24)()
     offset = -ctypes.addressof(words) % 64 // 8
     status = _encode_tensor_map()(
@@ -306,7 +297,7 @@ def tensor_map(
         (ctypes.c_uint64 * (rank - 1))(*(stride * dtype.itemsize for stride in strides)),
         (ctypes.c_uint32 * rank)(*box),
         (ctypes.c_uint32 * rank)(*[1] * rank),
-        *(ctypes.c_int(value) for value in (0, swizzle, PROMOTION, 0)),  # not interleaved, zero fill
+        *(ctypes.c_int(value) for value in (0, 0, PROMOTION, 0)),  # not interleaved, not swizzled, zero fill
     )
     if status:
         raise RuntimeError(f"cuTensorMapEncodeTiled failed with status {status} for sizes {tuple(sizes)}")

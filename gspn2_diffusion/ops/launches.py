@@ -248,8 +248,7 @@ def tensor_maps(
             ]
             box = (row, -(-count // boxes), at_once, 1, 1)
             if pointer and 0 < box[1] <= MAX_BOX:
-                swizzled = tile.merged and across
-                words += cupy_backend.tensor_map(setting.dtype, pointer, sizes, strides, box, swizzled)
+                words += cupy_backend.tensor_map(setting.dtype, pointer, sizes, strides, box)
             else:
                 words += [0] * 16
     return tuple(words)

@@ -284,8 +284,7 @@ def tiled_shared_bytes(problem: Problem, tile: Tile, width: int, boxes: int, con
     extended = width + 2 * tile.halo
     counts = (*[extended] * 2, *[width] * 2, width + 2) if problem.backward else (extended, extended, width)
     line = tile.stage_lines * tile.slice * problem.itemsize
-    unit = 256 if tile.merged else 128
-    stages = sum(boxes * ceil_div(ceil_div(count, boxes) * line, unit) * unit for count in counts)
+    stages = sum(boxes * ceil_div(ceil_div(count, boxes) * line, 128) * 128 for count in counts)
     weights = 16 * 2 * tile.stage_lines * extended
     per_warp = 32 // (tile.slice // tile.vec)
     border = consumers // 32 * per_warp + 2 if tile.run == 1 else 2 * (consumers // 32 + 2)

@@ -128,16 +128,8 @@ template <int NUMBER> void barrier_of(int threads) {
 
 // As tests/emulate.py makes it: address, sizes, strides and box in elements.
 struct alignas(8) Map {
-  int64 address, size[5], stride[4], box[5], swizzled;
+  int64 address, size[5], stride[4], box[5], unused;
 };
-
-// Where the accelerator keeps the n-th element from an address of shared memory on.
-inline int64 kept_at(const Map& map, unsigned address, int64 n) {
-  if (!map.swizzled) return n;
-  const unsigned at = address + (unsigned)(n * sizeof(scalar_t));
-  const unsigned there = at ^ (at >> 3 & (unsigned)(map.box[0] * sizeof(scalar_t) - 16));
-  return n + ((int64)there - at) / (int64)sizeof(scalar_t);
-}
 
 // Calls f(offset from the map's address or -1 outside, number within the box) for the elements of a box.
 template <typename F> void for_box(const Map& map, const int64 (&at)[5], F f) {
@@ -168,23 +160,19 @@ inline void copy_box(const scalar_t* to, const Map& map, int channel, int positi
   auto* const target = reinterpret_cast<scalar_t*>(emulator::pointer(shared_address(to), 128));
   emulator::pointer(shared_address(to) + (bytes - 1) / 128 * 128, 128);
   memset(target, 0xff, bytes);  // nothing to be read yet
-  const unsigned address = shared_address(to);
   emulator::send(*emulator::current->block, shared_address(barrier), bytes, [=, map = map] {
     const auto* const from = reinterpret_cast<const scalar_t*>(map.address);
     for_box(map, {channel, position, line, slot, batch},
-            [&](int64 offset, int64 n) {
-              target[kept_at(map, address, n)] = offset < 0 ? (scalar_t)0 : from[offset];
-            });
+            [&](int64 offset, int64 n) { target[n] = offset < 0 ? (scalar_t)0 : from[offset]; });
   });
 }
 inline void store_box(const Map& map, int channel, int position, int line, int slot, int batch, const scalar_t* from) {
   box_elements(map);
-  const unsigned address = shared_address(from);
-  const auto* const source = reinterpret_cast<const scalar_t*>(emulator::pointer(address, 128));
+  const auto* const source = reinterpret_cast<const scalar_t*>(emulator::pointer(shared_address(from), 128));
   emulator::current->stores.push_back([=, map = map] {
     auto* const to = reinterpret_cast<scalar_t*>(map.address);
     for_box(map, {channel, position, line, slot, batch}, [&](int64 offset, int64 n) {
-      if (offset >= 0) to[offset] = source[kept_at(map, address, n)];
+      if (offset >= 0) to[offset] = source[n];
     });
   });
 }
