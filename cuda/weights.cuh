@@ -23,3 +23,16 @@ __device__ __forceinline__ Weights make_weights(const float (&raw)[3], bool has_
   out.w[2] = has_after ? w[2] * scale : 0.0f;
   return out;
 }
+
+// The gradient of the coefficients in place of that of the weights: dr_k = w_k (1 - sigmoid(r_k)) (dw_k - sum of w dw).
+__device__ __forceinline__ void weights_backward(float (&grad)[3], const Weights& made, const float (&raw)[3],
+                                                 bool has_before, bool has_after) {
+  const float log2_e = 1.4426950408889634f;
+  const float mean = made.w[0] * grad[0] + made.w[1] * grad[1] + made.w[2] * grad[2];
+  const bool has[3] = {has_before, has_before || has_after, has_after};  // one position alone: weight 1, whatever r is
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+    const float slope = made.w[k] * fast_reciprocal(1.0f + fast_exp2(raw[k] * log2_e));
+    grad[k] = has[k] ? slope * (grad[k] - mean) : 0.0f;
+  }
+}

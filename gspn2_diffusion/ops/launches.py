@@ -338,6 +338,7 @@ def backward_launch(
 
 # As in cuda/line_scan_finish.cu: threads, rows and columns of a part, floats that it keeps of each direction.
 _FINISH_THREADS, _FINISH_PART, _FINISH_FLOATS = 256, (16, 32), 3 * 16 * 34 + 8
+FINISH_BY_LINES = 32768  # pixels times weight groups up to which dW is summed by lines
 
 
 @functools.lru_cache(maxsize=4096)
@@ -363,10 +364,17 @@ def finish_launch(
     vec, most = 16 // dtype.itemsize, 16 * cupy_backend.processors(device)
     pixels = batch * height * width
     blocks_x = min(most, -(-pixels * channels // (vec * _FINISH_THREADS))) if want_x else 0
+    warps = _FINISH_THREADS // 32
     parts = batch * groups * -(-height // _FINISH_PART[0]) * -(-width // _FINISH_PART[1])
     apart = parts < 4 * cupy_backend.processors(device)
     slots = 1 if apart else len(directions)  # that a block has
-    blocks_weight = min(most, parts * len(directions) // slots) if want_weight else 0
+    count, floats = parts * len(directions) // slots, slots * _FINISH_FLOATS
+    share = 0  # warps for the slices of 32 positions of a line, instead of a block for a part of the picture
+    if pixels * groups <= FINISH_BY_LINES:
+        share = min(warps, 1 << (max(1, slices // groups).bit_length() - 1))
+        pieces = max(height * -(-width // 32), width * -(-height // 32))
+        count, floats = -(-batch * groups * len(directions) * pieces * share // warps), 3 * _FINISH_THREADS
+    blocks_weight = min(most, count) if want_weight else 0
     problem = Problem(batch, height, width, channels, groups, directions, 0, dtype.itemsize, True)
     plan = Plan(
         source=cupy_backend.FINISH,
@@ -375,7 +383,7 @@ def finish_launch(
         run=1,
         grid=blocks_x + blocks_weight,
         threads=_FINISH_THREADS,
-        shared_bytes=4 * slots * _FINISH_FLOATS if want_weight else 0,
-        parameters=(*problem.shape, slices, int(normalize), blocks_x, int(apart)),
+        shared_bytes=4 * floats if want_weight else 0,
+        parameters=(*problem.shape, slices, int(normalize), blocks_x, int(apart), share),
     )
     return Launch(plan, shape, setting, weight[:5])

@@ -14,21 +14,25 @@ from scan_cases import (
     relative_error,
 )
 
-from gspn2_diffusion.ops import scan_kernels
+from gspn2_diffusion.ops import launches, scan_kernels
 from gspn2_diffusion.ops.line_scan import DIRECTIONS
 from gspn2_diffusion.ops.plans import Problem, Tile, tiled_plan
 
 pytestmark = needs_compiler
 
 BF16, FP32 = torch.bfloat16, torch.float32
-CASES = [  # (H, W), C, G, tile, chunk, dtype, options of the inputs (and "scans": which directions)
+CASES = [  # (H, W), C, G, tile, chunk, dtype, options of the inputs
+    # (and "scans": which directions, "by_parts": dW is summed as in large pictures)
     ((14, 9), 32, 2, Tile(4, 1, 16, 1, 0, 4), 5, BF16, {"with_u": False}),
     ((18, 16), 16, 1, Tile(8, 3, 16, 2, 4, 1), 9, BF16, {"normalize": False}),
     ((12, 14), 8, 1, Tile(2, 1, 8, 2, 4, 4), 0, FP32, {}),
     ((16, 18), 24, 1, Tile(8, 1, 16, 2, 4, 4), 0, BF16, {}),  # the last slice overhangs
     ((16, 18), 48, 1, Tile(8, 1, 48, 2, 4, 2), 0, BF16, {}),  # six lanes to a position
     ((10, 14), 24, 1, Tile(8, 3, 24, 1, 0, 2), 4, BF16, {"with_u": False}),  # and three
-    ((40, 66), 8, 1, Tile(8, 1, 8, 1, 0, 2), 0, BF16, {}),  # dW in parts of all directions
+    ((40, 66), 8, 1, Tile(8, 1, 8, 1, 0, 2), 0, BF16, {"by_parts": True}),  # of all directions
+    ((21, 34), 32, 2, Tile(8, 1, 16, 1, 0, 2), 0, BF16, {"by_parts": True, "scans": (3, 0, 1)}),
+    ((18, 35), 16, 1, Tile(4, 1, 8, 1, 0, 2), 0, FP32, {"by_parts": True}),  # of one
+    ((5, 40), 144, 1, Tile(4, 1, 8, 1, 0, 1), 0, BF16, {}),  # warps share its 18 slices
     ((3, 270), 8, 1, Tile(4, 3, 8, 1, 0, 1), 0, FP32, {"scans": (1, 0)}),  # a line in two boxes
     ((27, 24), 8, 1, Tile(8, 1, 8, 2, 8, 2, merged=True), 0, BF16, {}),
     ((33, 40), 8, 1, Tile(4, 1, 8, 2, 4, 4, merged=True), 0, FP32, {"with_u": False}),
@@ -42,9 +46,11 @@ def processor(monkeypatch):
 
 
 @pytest.mark.parametrize(("size", "channels", "groups", "tile", "chunk", "dtype", "kind"), CASES)
-def test_tiles(size, channels, groups, tile, chunk, dtype, kind):
+def test_tiles(size, channels, groups, tile, chunk, dtype, kind, monkeypatch):
     """Output, hidden states and every gradient."""
     kind = dict(kind)
+    if kind.pop("by_parts", False):
+        monkeypatch.setattr(launches, "FINISH_BY_LINES", 0)
     scans = kind.pop("scans", (0, 1, 2, 3))
     inputs = make_inputs(1, *size, channels, groups, len(scans), dtype=dtype, **kind)
     normalize = kind.get("normalize", True)

@@ -15,7 +15,7 @@ from scan_cases import (
     relative_error,
 )
 
-from gspn2_diffusion.ops import cupy_backend, scan_kernels
+from gspn2_diffusion.ops import cupy_backend, launches, scan_kernels
 from gspn2_diffusion.ops.line_scan import DIRECTIONS
 from gspn2_diffusion.ops.plans import Problem, Tile, tiled_plan
 
@@ -111,6 +111,19 @@ def test_tiles(size, channels, groups, tile, chunk, dtype):
     if tile.cluster not in cupy_backend.clusters(0):
         pytest.skip("this GPU has no clusters")
     assert_tile_matches(size, channels, groups, tile, chunk, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("size", "channels", "groups"), [((130, 161), 32, 2), ((37, 50), 144, 1)])
+def test_weight_gradients_summed_by_parts(size, channels, groups, dtype, monkeypatch):
+    """As those of large pictures are, of one direction at a time or of all."""
+    tile = Tile(8, 1, 16, 1, 0, 1)
+    for processors in (1, cupy_backend.processors(0)):
+        launches.finish_launch.cache_clear()
+        monkeypatch.setattr(launches, "FINISH_BY_LINES", 0)
+        monkeypatch.setattr(cupy_backend, "processors", lambda device, n=processors: n)
+        assert_tile_matches(size, channels, groups, tile, 0, dtype)
+    launches.finish_launch.cache_clear()
 
 
 @pytest.mark.parametrize("kind", [{}, {"with_u": False}])
