@@ -24,9 +24,16 @@ _COST = {
 # Those of 3, 5 and 7 were fitted by the choices that they lead to.
 _ACTIVE = {1: 1.0, 2: 0.5, 3: 0.28, 4: 0.235, 5: 0.17, 7: 0.1, 8: 0.107, 16: 0.054}
 _POWERS = (1, 2, 4, 8, 16)
-# Backward, clusters of 3 take longer than estimated where their blocks are wide: (1, 512, 512, 144) 1.7 to
-# 1.9 ms where clusters of 2, estimated to be slower, take 1.45. Up to 88 positions they were the fastest.
-_MOST_OF_THREE = 128
+# Blocks with more positions take longer than estimated, by so much (forward, backward): (1, 512, 512, 128)
+# forward 0.54 ms in 3 blocks of 171, 0.41 in 5; (1, 2048, 2048, 48) backward 12.1 ms in 8 of 256, 9.3 in 16.
+_MANY_POSITIONS, _TOO_MANY = 128, (1.15, 2.0)
+# Slices of 48 channels (six chunks), whose three or six lanes take more shuffles to sum backward, gain only
+# where scattered rows of 32 bytes cost most: (1, 512, 512, 144) 1.10 instead of 1.40 ms, (1, 1024, 1024, 144)
+# 4.8 instead of 7.0, but (1, 256, 256, 144) 0.36 instead of 0.31, (1, 512, 512, 48) 0.69 instead of 0.52.
+_LINES_OF_SIX = 512
+# Backward, slices of one row that several blocks share drift apart by the lines in flight, and the L2 loses the
+# row: (1, 1024, 1024, 48) 1.83 ms in stages of one line, 2.6 in stages of two.
+_LINES_OF_ONE = 1024
 
 
 _CHUNKS = (1, 2, 4, 8, 6)  # of 16 bytes in a row; those of 48 bytes straddle the sectors of memory
@@ -92,12 +99,25 @@ def cost_terms(problem: Problem, plan: Plan, shared_limit: int, processors: int)
 def estimate(problem: Problem, plan: Plan, shared_limit: int, processors: int) -> float:
     """Estimated nanoseconds of a tiled launch; infinite for one that is known to be poor."""
     assert plan.tile is not None
-    if problem.backward and plan.tile.cluster == 3 and max(plan.widths) > _MOST_OF_THREE:
+    if known_to_be_poor(problem, plan.tile):
         return math.inf
-    if plan.tile.merged and plan.tile.cluster not in _POWERS:
-        return math.inf  # (16, 1024, 1024, 8): clusters of 5 and 7 took 2.4 ms, those of 8 2.1
     terms = cost_terms(problem, plan, shared_limit, processors)
-    return sum(c * t for c, t in zip(_COST[problem.backward], terms, strict=True))
+    time = sum(c * t for c, t in zip(_COST[problem.backward], terms, strict=True))
+    return time * (_TOO_MANY[problem.backward] if max(plan.widths) > _MANY_POSITIONS else 1.0)
+
+
+def known_to_be_poor(problem: Problem, tile: Tile) -> bool:
+    """Whether measurements rule a tile out that the estimate would favour; one of its kind always stays."""
+    if tile.merged and tile.cluster not in _POWERS:
+        return True  # (16, 1024, 1024, 8): clusters of 5 and 7 took 2.4 ms, those of 8 2.1
+    if tile.slice // tile.vec % 3 == 0:
+        if tile.halo > 4:  # (1, 512, 512, 144) forward 0.56 ms, with 4 0.44
+            return True
+        short = min(problem.height, problem.width) < _LINES_OF_SIX
+        if problem.backward and (short or 2 * tile.slice > problem.channels):
+            return True
+    shared = problem.lines >= _LINES_OF_ONE and tile.slice < problem.channels
+    return problem.backward and shared and tile.stage_lines > 1
 
 
 def choose_tile(problem: Problem, clusters: Sequence[int], shared_limit: int, processors: int) -> Tile | None:

@@ -103,16 +103,41 @@ def test_the_chosen_tile_is_the_cheapest(problem):
     assert times[chosen] == min(times.values()) > 0
 
 
-def test_wide_clusters_of_three_are_for_the_forward_pass():
-    problem = dataclasses.replace(PROBLEM, batch=1, height=512, width=512, channels=144)
-    wide = Tile(8, 1, 16, 3, 8, 1)
-    for backward in (False, True):
-        either = dataclasses.replace(problem, backward=backward)
-        plan = tiled_plan(either, wide, True, LIMIT)
+@pytest.mark.parametrize(
+    ("size", "channels", "backward", "tile", "poor"),
+    [
+        (256, 144, True, Tile(8, 1, 48, 8, 4, 2), True),  # slices of 48 are for large pictures, backward
+        (512, 144, True, Tile(8, 1, 48, 8, 4, 1), False),
+        (512, 48, True, Tile(8, 1, 48, 8, 4, 1), True),  # and for more channels than that
+        (256, 144, False, Tile(8, 1, 48, 8, 4, 2), False),
+        (256, 144, False, Tile(8, 1, 48, 8, 8, 2), True),
+        (1024, 144, True, Tile(4, 1, 16, 16, 8, 2), True),  # stages of lines whose rows are shared
+        (1024, 144, True, Tile(4, 1, 16, 16, 8, 1), False),
+        (1024, 16, True, Tile(4, 1, 16, 16, 8, 2), False),
+        (1024, 8, False, Tile(8, 1, 8, 5, 8, 2, merged=True), True),
+    ],
+)
+def test_tiles_that_measurements_rule_out(size, channels, backward, tile, poor):
+    sizes = {"batch": 1, "height": size, "width": size, "channels": channels}
+    problem = dataclasses.replace(PROBLEM, **sizes, backward=backward, touching=tile.merged)
+    plan = tiled_plan(problem, tile, True, LIMIT)
+    assert plan is not None
+    assert math.isinf(estimate(problem, plan, LIMIT, PROCESSORS)) == poor
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(("size", "channels"), [(128, 48), (512, 128), (512, 144), (1024, 48)])
+def test_blocks_get_many_positions_only_where_there_are_no_clusters(size, channels, backward):
+    sizes = {"batch": 1, "height": size, "width": size, "channels": channels}
+    problem = dataclasses.replace(PROBLEM, **sizes, backward=backward)
+    for clusters, wide in ((CLUSTERS, False), ((1,), size > 128)):
+        tile = choose_tile(problem, clusters, LIMIT, PROCESSORS)
+        if tile is None:
+            assert clusters == (1,)  # too long a line for one block
+            continue
+        plan = tiled_plan(problem, tile, True, LIMIT)
         assert plan is not None
-        assert math.isfinite(estimate(either, plan, LIMIT, PROCESSORS)) != backward
-    chosen = choose_tile(dataclasses.replace(problem, backward=True), (3,), LIMIT, PROCESSORS)
-    assert chosen is None
+        assert (max(plan.widths) > 128) == wide
 
 
 def test_clusters_only_where_the_gpu_has_them():
