@@ -31,8 +31,8 @@ _MANY_POSITIONS, _TOO_MANY = 128, (1.15, 2.0)
 # where scattered rows of 32 bytes cost most: (1, 512, 512, 144) 1.10 instead of 1.40 ms, (1, 1024, 1024, 144)
 # 4.8 instead of 7.0, but (1, 256, 256, 144) 0.36 instead of 0.31, (1, 512, 512, 48) 0.69 instead of 0.52.
 _LINES_OF_SIX = 512
-# Backward, slices of one row that several blocks share drift apart by the lines in flight, and the L2 loses the
-# row: (1, 1024, 1024, 48) 1.83 ms in stages of one line, 2.6 in stages of two.
+# Backward, slices of one row that several blocks share drift apart by the lines in flight, and the L2 loses
+# the row: (1, 1024, 1024, 48) 1.83 ms in stages of one line, 2.6 in stages of two.
 _LINES_OF_ONE = 1024
 
 
