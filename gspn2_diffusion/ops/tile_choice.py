@@ -27,6 +27,9 @@ _POWERS = (1, 2, 4, 8, 16)
 # Blocks with more positions take longer than estimated, by so much (forward, backward): (1, 512, 512, 128)
 # forward 0.54 ms in 3 blocks of 171, 0.41 in 5; (1, 2048, 2048, 48) backward 12.1 ms in 8 of 256, 9.3 in 16.
 _MANY_POSITIONS, _TOO_MANY = 128, (1.15, 2.0)
+# Forward, threads with 16 bytes take less than estimated where blocks have whole lines and fill most of the
+# GPU: (1, 64, 64, 768) and (32, 32, 32, 192) 4 and 5%, but (1, 64, 64, 32) nothing.
+_WIDE_VECTORS, _FULL = 0.95, 0.7
 # Slices of 48 channels (six chunks), whose three or six lanes take more shuffles to sum backward, gain only
 # where scattered rows of 32 bytes cost most: (1, 512, 512, 144) 1.10 instead of 1.40 ms, (1, 1024, 1024, 144)
 # 4.8 instead of 7.0, but (1, 256, 256, 144) 0.36 instead of 0.31, (1, 512, 512, 48) 0.69 instead of 0.52.
@@ -103,7 +106,12 @@ def estimate(problem: Problem, plan: Plan, shared_limit: int, processors: int) -
         return math.inf
     terms = cost_terms(problem, plan, shared_limit, processors)
     time = sum(c * t for c, t in zip(_COST[problem.backward], terms, strict=True))
-    return time * (_TOO_MANY[problem.backward] if max(plan.widths) > _MANY_POSITIONS else 1.0)
+    if max(plan.widths) > _MANY_POSITIONS:
+        time *= _TOO_MANY[problem.backward]
+    alone = plan.tile.run == 1 and plan.tile.cluster == 1 and not problem.backward
+    if alone and plan.tile.vec * problem.itemsize == 16 and plan.grid > _FULL * processors:
+        time *= _WIDE_VECTORS
+    return time
 
 
 def known_to_be_poor(problem: Problem, tile: Tile) -> bool:
