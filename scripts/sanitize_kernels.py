@@ -64,6 +64,7 @@ TILES: list[tuple[tuple[int, int], int, Tile]] = [
     ((300, 17), 24, Tile(8, 3, 16, 1, 0, 1)),
     ((27, 24), 8, Tile(8, 1, 8, 2, 8, 2, merged=True)),
     ((40, 64), 16, Tile(4, 1, 16, 1, 0, 4, merged=True)),
+    ((560, 520), 8, Tile(8, 1, 8, 8, 8, 2, merged=True)),  # dW by parts of all directions
 ]
 PLANES = [((40, 136), PlaneTile(1)), ((260, 264), PlaneTile(2))]  # (H, W) of one channel, tile
 
