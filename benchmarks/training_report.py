@@ -99,10 +99,21 @@ def _place(row: Row) -> str:
     return f"{row['model']} | {row['pixels']} | {(row['pixels'] // 16) ** 2} | {kind}"
 
 
+def _commits(rows: list[Row]) -> str:
+    """Where rows were measured; those with a cap on memory, where it was elsewhere, by themselves."""
+    made: dict[bool, list[str]] = {}
+    for row in rows:
+        made.setdefault(row["memory_cap_gib"] is not None, []).append(row["commit"][:8])
+    names = {capped: ", ".join(dict.fromkeys(commits)) for capped, commits in made.items()}
+    if len(set(names.values())) == 1:
+        return f"commit {next(iter(names.values()))}"
+    return f"commit {names[False]} (memory capped: {names[True]})"
+
+
 def render(result: Row) -> str:
     """Markdown of a result file."""
     rows = result["rows"]
-    lines = [f"{result['gpu']}, torch {result['torch']}, commit {rows[-1]['commit'][:8]}; batch per GPU.", ""]
+    lines = [f"{result['gpu']}, torch {result['torch']}, {_commits(rows)}; batch per GPU.", ""]
     lines += _speed_table(rows)
     for title, table in (("Several GPUs, DDP", _scaling_table), ("Memory capped", _capped_table)):
         found = table(rows)
