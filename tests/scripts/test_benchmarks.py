@@ -109,6 +109,7 @@ def test_cases_of_two_layouts_stand_side_by_side():
     (path,) = (Path(render.__file__).parent / "results").glob("line_scan-*.json")
     result = read(path)
     row = {**result["cases"][0], "forward_ms": 2.0, "forward_target_ms": 1.0, "backward_ms": 4.0}
+    row.pop("apart", None)
     other = {**row, "shape": [1, 8, 8, 8]}
     row["apart"] = {"forward_ms": 0.5, "backward_ms": 8.0}
     text = scan_report.render({**result, "cases": [row, other]})
