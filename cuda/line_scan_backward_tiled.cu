@@ -190,7 +190,8 @@ __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k,
   const bool normalize = a.tiling.normalize;
   const View view =
       reversed(view_along(k.direction, k.lines, k.batch * a.w_b + k.slot * a.w_d + k.group * a.w_g, a.w_h, a.w_w), k.end);
-  Weigher weigher(a.weight, view, thread, capacity, k.extended + 2, -1, k.start - k.halo - 1, k.positions);
+  const bool vertical = k.direction == DOWN || k.direction == UP;
+  Weigher weigher(a.weight, view, thread, capacity, k.extended + 2, -1, k.start - k.halo - 1, k.positions, vertical);
   const auto weigh = [&](int stage) {  // nothing comes before the first step
     float4* const out = m.weights + (stage & 1) * capacity * k.extended;
     weigher.weigh(stage == 0, total - stage * capacity, normalize, [&](int step, int q, const Weights& w) {

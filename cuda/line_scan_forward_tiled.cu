@@ -147,7 +147,8 @@ __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k,
   const int capacity = (int)a.tiling.stage_lines, total = k.end - k.begin;
   const bool normalize = a.tiling.normalize;
   const View view = view_along(k.direction, k.lines, k.batch * a.w_b + k.slot * a.w_d + k.group * a.w_g, a.w_h, a.w_w);
-  Weigher weigher(a.weight, view, thread, capacity, k.extended, k.begin, k.start - k.halo, k.positions);
+  const bool vertical = k.direction == DOWN || k.direction == UP;
+  Weigher weigher(a.weight, view, thread, capacity, k.extended, k.begin, k.start - k.halo, k.positions, vertical);
   const auto weigh = [&](int stage) {  // the weights of the first line do not count, as h[-1] = 0
     float4* const out = m.weights + (stage & 1) * capacity * k.extended;
     weigher.weigh(stage == 0, total - stage * capacity, normalize, [&](int line, int q, const Weights& w) {
