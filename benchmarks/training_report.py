@@ -104,7 +104,7 @@ def _commits(rows: list[Row]) -> str:
     made: dict[bool, list[str]] = {}
     for row in rows:
         made.setdefault(row["memory_cap_gib"] is not None, []).append(row["commit"][:8])
-    names = {capped: ", ".join(dict.fromkeys(commits)) for capped, commits in made.items()}
+    names = {kind: ", ".join(dict.fromkeys(commits)) for kind, commits in made.items()}
     if len(set(names.values())) == 1:
         return f"commit {next(iter(names.values()))}"
     return f"commit {names[False]} (memory capped: {names[True]})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import multiprocessing
 import os
 import resource
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 from ports import reserved_port
+from script_modules import load_script
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -40,12 +40,7 @@ def script(name: str) -> Any:
     """A script as a module; `name` is its path from scripts/ on, without the suffix."""
     path = (ROOT / "scripts" / f"{name}.py").resolve()
     sys.path.insert(0, str(path.parent))  # as for a program that is run
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(path)
 
 
 def kill_in_step(step: int) -> None:

@@ -1,25 +1,16 @@
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+from script_modules import load_script
 
 from gspn2_diffusion.ops import cupy_backend
 
 pytest.importorskip("cupy_backends.cuda.libs.nvrtc")
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "compile_kernels.py"
-
 
 @pytest.fixture
 def script(monkeypatch):
-    spec = importlib.util.spec_from_file_location("compile_kernels", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(__import__("sys").modules, "compile_kernels", module)  # dataclasses look it up
-    spec.loader.exec_module(module)
+    module = load_script("scripts/compile_kernels.py", known=True)
     every = cupy_backend.variants()
     monkeypatch.setattr(cupy_backend, "variants", lambda *_: every[:1])
     return module

@@ -1,6 +1,5 @@
 """scripts/compare_mixers.py: what it trains, judges and collects, and what it does not do again."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from script_modules import load_script
 
 from gspn2_diffusion.evaluation.comparison import variants
 from gspn2_diffusion.evaluation.document import TRANSFER_SHEET, write_document
@@ -19,10 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def module():
-    spec = importlib.util.spec_from_file_location("compare_mixers", ROOT / "scripts" / "compare_mixers.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("scripts/compare_mixers.py")
 
 
 def test_the_judged_pipelines_balance_their_scans(module, tmp_path):

@@ -1,9 +1,7 @@
 """The evaluation end to end: prompts, a judge that learns, scores that tell right from wrong, the script."""
 
-import importlib.util
 import json
 import math
-from pathlib import Path
 
 import pytest
 import tiny_models
@@ -11,6 +9,7 @@ import tiny_training
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
+from script_modules import load_script
 
 from gspn2_diffusion.evaluation.judge import JudgeSize, load_judge
 from gspn2_diffusion.evaluation.judge_training import JudgeTraining, judge_data, train_judge
@@ -20,7 +19,6 @@ from gspn2_diffusion.evaluation.scoring import score
 from gspn2_diffusion.pipelines.pipeline_gspn2 import GSPN2Pipeline
 from gspn2_diffusion.training.emoji import load_records
 
-ROOT = Path(__file__).parents[2]
 SIDE = 64
 
 
@@ -122,10 +120,7 @@ def tiny_pipeline():
 
 
 def script():
-    spec = importlib.util.spec_from_file_location("evaluate", ROOT / "scripts" / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("scripts/evaluate.py")
 
 
 def test_the_script_measures_a_pipeline_folder(tmp_path, capsys):

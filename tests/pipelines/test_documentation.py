@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
+import importlib
 import json
 import re
 import sys
@@ -13,21 +13,13 @@ from typing import Any
 
 import feature_table
 import pytest
+from script_modules import load_script
 
 import gspn2_diffusion
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 COMPATIBILITY = DOCS / "diffusers-compatibility.md"
-
-
-def load(file: str) -> Any:
-    spec = importlib.util.spec_from_file_location(Path(file).stem, ROOT / file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_every_test_that_the_document_names_exists() -> None:
@@ -59,7 +51,7 @@ def test_feature_table_is_what_diffusers_and_our_tests_say() -> None:
 
 def test_measurements_are_those_of_the_result_file() -> None:
     text = COMPATIBILITY.read_text(encoding="utf-8")
-    table = load("benchmarks/denoiser_table.py")
+    table = load_script("benchmarks/denoiser_table.py")
     begin = re.search(r"<!-- measured: (\S+) -->\n", text)
     assert begin is not None
     written = text[begin.end() :].split(table.END)[0].strip()
@@ -75,7 +67,7 @@ def test_the_package_is_typed() -> None:
     folder = Path(gspn2_diffusion.__file__).parent
     assert (folder / "py.typed").is_file()
     unknown = []
-    for module, name, methods in load("scripts/render_api.py").PUBLIC:
+    for module, name, methods in load_script("scripts/render_api.py").PUBLIC:
         value = getattr(importlib.import_module(module), name)
         functions = [getattr(value, method) for method in methods] if methods else [value]
         for function in functions:
@@ -85,7 +77,7 @@ def test_the_package_is_typed() -> None:
 
 
 def test_api_reference_is_what_the_docstrings_say() -> None:
-    api = load("scripts/render_api.py")
+    api = load_script("scripts/render_api.py")
     text = (DOCS / "api.md").read_text(encoding="utf-8")
     head, reference = text.split(api.BEGIN)
     assert reference.lstrip("\n") == api.render().lstrip("\n"), "run python scripts/render_api.py"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import random
-import sys
 import tarfile
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from script_modules import load_script
 
 from gspn2_diffusion.training.emoji import STYLES, load_records, rasterize
 from gspn2_diffusion.training.emoji_names import NameIndex, build_concepts, plain_hex
@@ -31,7 +30,6 @@ from gspn2_diffusion.training.emoji_splits import assign_splits, concept_key, is
 
 pytest.importorskip("resvg")
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_emoji.py"
 RED_BOX = '<path fill="#f00" d="M2 3h4v2h-4z"/>'
 NAMING = [
     {"label": "red apple", "hexcode": "1F34E", "emoji": "🍎", "group": 4, "tags": ["fruit", "red"]},
@@ -57,13 +55,7 @@ KEYWORDS = {"🍎": ["red_apple", "fruit"], "🐱": ["cat_face", "meow"], "❄�
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prepare_emoji", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["prepare_emoji"] = module  # its process pool looks functions up by module name
-    spec.loader.exec_module(module)
-    return module
+    return load_script("scripts/prepare_emoji.py", known=True)
 
 
 # --- names and joins ---------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import string
 import zipfile
 from pathlib import Path
@@ -10,9 +9,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from script_modules import load_script
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_text_encoder.py"
 WORDS = [
     "red",
     "apple",
@@ -31,12 +30,7 @@ WORDS = [
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prepare_text_encoder", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("scripts/prepare_text_encoder.py")
 
 
 @pytest.fixture(scope="module")

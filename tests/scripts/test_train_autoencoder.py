@@ -1,6 +1,5 @@
 """The autoencoder's script, end to end with a tiny model."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import tiny_training
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
+from script_modules import load_script
 
 from gspn2_diffusion.training.config import read_mapping
 
@@ -24,9 +24,7 @@ def root(tmp_path_factory):
 
 
 def train(root, output, **changes):
-    spec = importlib.util.spec_from_file_location("train_ae", ROOT / "scripts" / "train_autoencoder.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("scripts/train_autoencoder.py")
     module.main(tiny_training.autoencoder_options(root, output, **changes))
     return output
 

@@ -1,8 +1,6 @@
 """The denoiser's script, end to end with tiny models."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import tiny_models
@@ -10,15 +8,11 @@ import tiny_training
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-
-ROOT = Path(__file__).parents[2]
+from script_modules import load_script
 
 
 def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(f"scripts/{name}.py")
 
 
 @pytest.fixture(scope="module")

@@ -103,6 +103,9 @@ def test_rows_are_judged():
     result = {"gpu": "G", "torch": "2", "rows": rows}
     shared = result | {"rows": [too_large, {**split, "shared_gpu": True}]}
     assert "trains, 7.0 GiB in each of 2 processes, on one GPU |" in training_report.render(shared)
+    elsewhere = [row(commit="one"), row(commit="two", mixer="softmax"), {**too_large, "commit": "three"}]
+    made = training_report.render(result | {"rows": elsewhere}).splitlines()[0]
+    assert made == "G, torch 2, commit one, two (memory capped: three); batch per GPU."
     text = training_report.render(result)
     assert "| 0.6b | 2048 | 16384 | eager | gspn2 | 1 | 3.0 | 1000.0 | 7.0 GiB | 1.0% | 1.25x |" in text
     assert "| 9 GiB | out of memory | trains, 7.0 GiB on 2 GPUs |" in text

@@ -1,13 +1,12 @@
 """Picture shapes take turns the same way after a resume, and train in one run."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import tiny_training
 import torch
 from safetensors.torch import load_file
+from script_modules import load_script
 
 from gspn2_diffusion.training.captions import SceneOptions, SceneWriter
 from gspn2_diffusion.training.emoji import load_records, load_sprites, select
@@ -15,7 +14,6 @@ from gspn2_diffusion.training.scene_feeds import TurnFeed, own_step, parse_shape
 from gspn2_diffusion.training.scenes import compose
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(("shapes", "share"), [(1, 0.25), (2, 0.25), (3, 0.5), (2, 0.9)])
@@ -83,9 +81,7 @@ def test_a_run_with_several_shapes_trains_and_resumes(tmp_path):
     tiny_training.write_emoji(tmp_path / "emoji")
     tiny_training.write_models(tmp_path / "models")
     tiny_training.write_prompts(tmp_path / "prompts.json")
-    spec = importlib.util.spec_from_file_location("train", ROOT / "scripts" / "train_text_to_image.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("scripts/train_text_to_image.py")
 
     def train(name, **changes):
         settings = {"max_train_steps": 6, "save_pipeline": False, "sheet_prompts": "none", **changes}
