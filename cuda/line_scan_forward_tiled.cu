@@ -18,7 +18,7 @@ struct Parameters {
 struct Memory {
   Layout wide, narrow;      // of stages with the halo and without it
   scalar_t *x, *lam, *u;    // [STAGES][wide or narrow]; y takes the place of u, the hidden states that of x
-  float4* weights;          // [2][stage_lines][extended]
+  float4* weights;          // [2][stage_lines][pitch]
   float* border;            // [2][border_elements]
   float* received;          // [2][left, right][halo][slice]
   int64* barriers;          // [STAGES], and two of the exchange
@@ -30,7 +30,7 @@ struct Memory {
     lam = x + STAGES * wide.elements;
     u = lam + STAGES * wide.elements;
     weights = reinterpret_cast<float4*>(u + STAGES * narrow.elements);
-    border = reinterpret_cast<float*>(weights + 2 * lines * k.extended);
+    border = reinterpret_cast<float*>(weights + 2 * lines * k.pitch);
     received = border + 2 * border_elements((int)t.consumers, slice);
     barriers = reinterpret_cast<int64*>(received + 4 * k.halo * slice);
   }
@@ -147,11 +147,12 @@ __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k,
   const int capacity = (int)a.tiling.stage_lines, total = k.end - k.begin;
   const bool normalize = a.tiling.normalize;
   const View view = view_along(k.direction, k.lines, k.batch * a.w_b + k.slot * a.w_d + k.group * a.w_g, a.w_h, a.w_w);
-  Weigher weigher(a.weight, view, thread, capacity, k.extended, k.begin, k.start - k.halo, k.positions);
+  const bool vertical = k.direction == DOWN || k.direction == UP;
+  Weigher weigher(a.weight, view, thread, capacity, k.extended, k.begin, k.start - k.halo, k.positions, vertical);
   const auto weigh = [&](int stage) {  // the weights of the first line do not count, as h[-1] = 0
-    float4* const out = m.weights + (stage & 1) * capacity * k.extended;
+    float4* const out = m.weights + (stage & 1) * capacity * k.pitch;
     weigher.weigh(stage == 0, total - stage * capacity, normalize, [&](int line, int q, const Weights& w) {
-      out[line * k.extended + q] = make_float4(w.w[0], w.w[1], w.w[2], 0.0f);
+      out[line * k.pitch + q] = make_float4(w.w[0], w.w[1], w.w[2], 0.0f);
     });
   };
 #if !ACCELERATOR
@@ -254,7 +255,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
 #endif
     scalar_t* x = m.x + slot * m.wide.elements + first_line * wide_line;
     scalar_t* u = m.u + slot * m.narrow.elements + first_line * narrow_line;
-    const float4* weights = m.weights + (stage & 1) * capacity * k.extended + at.first;
+    const float4* weights = m.weights + (stage & 1) * capacity * k.pitch + at.first;
     Line next;
     next.load_from(x, x + lam_after_x, a.u ? u : nullptr, weights, at_wide, at_narrow, own, at.first, readable);
 #pragma unroll 1
@@ -286,7 +287,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
       current = previous, previous = swap;
       if (CLUSTER > 1 && ++since == k.halo) since = 0, ++exchanges;
       if (j + 1 == lines) break;
-      x += wide_step, u += narrow_step, weights += k.extended;
+      x += wide_step, u += narrow_step, weights += k.pitch;
       next.load_from(x, x + lam_after_x, a.u ? u : nullptr, weights, at_wide, at_narrow, own, at.first, readable);
       consumer_barrier(consumers);
     }

@@ -42,6 +42,7 @@ struct Tile : Stretch {
   int slice, channel, channels, group, rank;  // channels: those that really exist from `channel` on
   int start, width, own;    // first position, nominal width (layout), positions that really exist
   int halo, extended;       // positions on either side, width + 2 halo
+  int pitch;                // of the weights of a line in shared memory
   // Rows of few channels are short, and the accelerator takes as long for one as for a longer one. Where all that lies
   // beside each other in memory touches, its rows hold `together` positions of a scan over rows, or all lines of a
   // stage at one position of a scan over columns (`across`).
@@ -67,6 +68,9 @@ template <int CLUSTER> __device__ __forceinline__ Tile make_tile(const Tiling& t
   k.own = max(0, min(k.width, k.positions - k.start));
   k.halo = (int)t.halo;
   k.extended = k.width + 2 * k.halo;
+  // Eight threads side by side may have several lines: their weights, 16 bytes each, should fill 128 bytes of banks.
+  const int lines = (int)t.stage_lines;
+  k.pitch = lines > 1 ? (k.extended + 7) / 8 * 8 + 8 / lines : k.extended;
   // More positions a thread leave no registers for it; the copies of older GPUs go line by line.
   const bool merged = ACCELERATOR && RUN == 1 && t.merged;
   k.across = merged && !vertical;

@@ -285,7 +285,9 @@ def tiled_shared_bytes(problem: Problem, tile: Tile, width: int, boxes: int, con
     counts = (*[extended] * 2, *[width] * 2, width + 2) if problem.backward else (extended, extended, width)
     line = tile.stage_lines * tile.slice * problem.itemsize
     stages = sum(boxes * ceil_div(ceil_div(count, boxes) * line, 128) * 128 for count in counts)
-    weights = 16 * 2 * tile.stage_lines * extended
+    lines = tile.stage_lines
+    pitch = ceil_div(extended, 8) * 8 + 8 // lines if lines > 1 else extended  # as in cuda/tiled.cuh
+    weights = 16 * 2 * lines * pitch
     per_warp = 32 // (tile.slice // tile.vec)
     border = consumers // 32 * per_warp + 2 if tile.run == 1 else 2 * (consumers // 32 + 2)
     states = 4 * tile.slice * (2 * border + 4 * tile.halo)
