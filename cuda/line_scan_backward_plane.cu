@@ -64,12 +64,8 @@ struct Scan {
     out[1] = g[r] * b.h[r];
     out[2] = g[r] * (r < RUN - 1 ? b.h[r < RUN - 1 ? r + 1 : 0] : b.right);
     if (!a.tiling.normalize) return;
-    const float mean = w[r][0] * out[0] + w[r][1] * out[1] + w[r][2] * out[2];
-#pragma unroll
-    for (int c = 0; c < 3; ++c)
-      out[c] = w[r][c] * (out[c] - mean) * fast_reciprocal(1.0f + fast_exp2(raw[c] * 1.4426950408889634f));
-    if (r == 0 && !has_before) out[0] = 0.0f;
-    if (r == RUN - 1 && !has_after) out[2] = 0.0f;
+    const Weights made = {{w[r][0], w[r][1], w[r][2]}};
+    weights_backward(out, made, raw, r > 0 || has_before, r < RUN - 1 || has_after);
   }
 
   // Goes to the next line; `next` is h of the line after it, if there is one.

@@ -25,7 +25,7 @@ struct Parameters {
 struct Memory {
   Layout wide, narrow, around;     // of stages with the halo, without it, and with one position on either side
   scalar_t *dy, *u, *x, *lam, *h;  // [STAGES][layout]; du, dlam and dx take the places of dy, x and lam
-  float4* weights;                 // [2][stage_lines][pitch]: of the line after, from before, here and after
+  float4* weights;                 // [2][stage_lines][weight_pitch]: of the line after, from before, here and after
   float* border;                   // [2][border_elements]
   float* received;                 // [2][left, right][halo][slice]
   int64* barriers;                 // [STAGES], and two of the exchange
@@ -40,7 +40,7 @@ struct Memory {
     lam = x + STAGES * narrow.elements;
     h = lam + STAGES * narrow.elements;
     weights = reinterpret_cast<float4*>(h + STAGES * around.elements);
-    border = reinterpret_cast<float*>(weights + 2 * lines * k.pitch);
+    border = reinterpret_cast<float*>(weights + 2 * lines * (int)t.weight_pitch);
     received = border + 2 * border_elements((int)t.consumers, slice);
     barriers = reinterpret_cast<int64*>(received + 4 * k.halo * slice);
   }
@@ -192,10 +192,11 @@ __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k,
       reversed(view_along(k.direction, k.lines, k.batch * a.w_b + k.slot * a.w_d + k.group * a.w_g, a.w_h, a.w_w), k.end);
   const bool vertical = k.direction == DOWN || k.direction == UP;
   Weigher weigher(a.weight, view, thread, capacity, k.extended + 2, -1, k.start - k.halo - 1, k.positions, vertical);
+  const int pitch = (int)a.tiling.weight_pitch;
   const auto weigh = [&](int stage) {  // nothing comes before the first step
-    float4* const out = m.weights + (stage & 1) * capacity * k.pitch;
+    float4* const out = m.weights + (stage & 1) * capacity * pitch;
     weigher.weigh(stage == 0, total - stage * capacity, normalize, [&](int step, int q, const Weights& w) {
-      float4* const here = out + step * k.pitch + q - 1;  // q counts from one position before the tile
+      float4* const here = out + step * pitch + q - 1;  // q counts from one position before the tile
       if (q >= 2) here[-1].z = w.w[0];
       if (q >= 1 && q <= k.extended) here[0].y = w.w[1];
       if (q < k.extended) here[1].x = w.w[2];
@@ -313,7 +314,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
     scalar_t* dy = m.dy + slot * m.wide.elements + first_line * wide_line;
     scalar_t* x = m.x + slot * m.narrow.elements + first_line * narrow_line;
     const scalar_t* h = m.h + slot * m.around.elements + first_line * around_line;
-    const float4* weights = m.weights + (stage & 1) * capacity * k.pitch + at.first;
+    const float4* weights = m.weights + (stage & 1) * capacity * (int)t.weight_pitch + at.first;
     Line next;
     next.load_from(dy, a.u ? dy + u_after_dy : nullptr, weights, at_wide, at.first, readable, hidden, wants_du, du,
                    out.position);
@@ -388,7 +389,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
       current = previous, previous = swap;
       if (CLUSTER > 1 && ++since == k.halo) since = 0, ++exchanges;
       if (j + 1 == steps) break;
-      dy += sign * wide_line, x += sign * narrow_line, h += sign * around_line, weights += k.pitch;
+      dy += sign * wide_line, x += sign * narrow_line, h += sign * around_line, weights += (int)t.weight_pitch;
       next.load_from(dy, a.u ? dy + u_after_dy : nullptr, weights, at_wide, at.first, readable, hidden, wants_du, du,
                      out.position);
       consumer_barrier(consumers);

@@ -18,7 +18,7 @@ struct Parameters {
 struct Memory {
   Layout wide, narrow;      // of stages with the halo and without it
   scalar_t *x, *lam, *u;    // [STAGES][wide or narrow]; y takes the place of u, the hidden states that of x
-  float4* weights;          // [2][stage_lines][pitch]
+  float4* weights;          // [2][stage_lines][weight_pitch]
   float* border;            // [2][border_elements]
   float* received;          // [2][left, right][halo][slice]
   int64* barriers;          // [STAGES], and two of the exchange
@@ -30,7 +30,7 @@ struct Memory {
     lam = x + STAGES * wide.elements;
     u = lam + STAGES * wide.elements;
     weights = reinterpret_cast<float4*>(u + STAGES * narrow.elements);
-    border = reinterpret_cast<float*>(weights + 2 * lines * k.pitch);
+    border = reinterpret_cast<float*>(weights + 2 * lines * (int)t.weight_pitch);
     received = border + 2 * border_elements((int)t.consumers, slice);
     barriers = reinterpret_cast<int64*>(received + 4 * k.halo * slice);
   }
@@ -149,10 +149,11 @@ __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k,
   const View view = view_along(k.direction, k.lines, k.batch * a.w_b + k.slot * a.w_d + k.group * a.w_g, a.w_h, a.w_w);
   const bool vertical = k.direction == DOWN || k.direction == UP;
   Weigher weigher(a.weight, view, thread, capacity, k.extended, k.begin, k.start - k.halo, k.positions, vertical);
+  const int pitch = (int)a.tiling.weight_pitch;
   const auto weigh = [&](int stage) {  // the weights of the first line do not count, as h[-1] = 0
-    float4* const out = m.weights + (stage & 1) * capacity * k.pitch;
+    float4* const out = m.weights + (stage & 1) * capacity * pitch;
     weigher.weigh(stage == 0, total - stage * capacity, normalize, [&](int line, int q, const Weights& w) {
-      out[line * k.pitch + q] = make_float4(w.w[0], w.w[1], w.w[2], 0.0f);
+      out[line * pitch + q] = make_float4(w.w[0], w.w[1], w.w[2], 0.0f);
     });
   };
 #if !ACCELERATOR
@@ -255,7 +256,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
 #endif
     scalar_t* x = m.x + slot * m.wide.elements + first_line * wide_line;
     scalar_t* u = m.u + slot * m.narrow.elements + first_line * narrow_line;
-    const float4* weights = m.weights + (stage & 1) * capacity * k.pitch + at.first;
+    const float4* weights = m.weights + (stage & 1) * capacity * (int)a.tiling.weight_pitch + at.first;
     Line next;
     next.load_from(x, x + lam_after_x, a.u ? u : nullptr, weights, at_wide, at_narrow, own, at.first, readable);
 #pragma unroll 1
@@ -287,7 +288,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
       current = previous, previous = swap;
       if (CLUSTER > 1 && ++since == k.halo) since = 0, ++exchanges;
       if (j + 1 == lines) break;
-      x += wide_step, u += narrow_step, weights += k.pitch;
+      x += wide_step, u += narrow_step, weights += (int)a.tiling.weight_pitch;
       next.load_from(x, x + lam_after_x, a.u ? u : nullptr, weights, at_wide, at_narrow, own, at.first, readable);
       consumer_barrier(consumers);
     }

@@ -21,11 +21,12 @@ struct Weigher {
   __device__ __forceinline__ Weigher(const scalar_t* weight, const View& view, int thread, int capacity, int count,
                                      int first_line, int first_position, int positions, bool vertical)
       : step(view.line * capacity), first_position(first_position), positions(positions) {
+    const int shift = 31 - __clz(capacity);  // a power of two
 #pragma unroll
     for (int n = 0; n < ITEMS; ++n) {
       const int item = thread + n * WEIGHERS;
-      line[n] = vertical ? item / count : item % capacity;
-      place[n] = vertical ? item % count : item / capacity;
+      line[n] = vertical ? (unsigned)item / (unsigned)count : item & (capacity - 1);
+      place[n] = vertical ? item - line[n] * count : item >> shift;
       if (item >= capacity * count) line[n] = 1 << 30;
       source[n] = weight + view.at(first_line + line[n], first_position + place[n]);
     }

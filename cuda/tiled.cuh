@@ -31,6 +31,7 @@ struct Tiling {
   int64 slice, slices;                    // channels of a slice, slices of all channels; the last may overhang
   int64 halo;                             // lines between two exchanges of a cluster; 0 without a cluster
   int64 stage_lines;                      // lines of a stage; divides halo
+  int64 weight_pitch;                     // from the weights of a line in shared memory to those of the next
   int64 tile_vertical, tile_horizontal;   // positions of a tile, for the vertical and horizontal directions
   int64 boxes;                            // a line's positions are copied in so many boxes
   int64 consumers;                        // threads, a multiple of 32
@@ -42,7 +43,6 @@ struct Tile : Stretch {
   int slice, channel, channels, group, rank;  // channels: those that really exist from `channel` on
   int start, width, own;    // first position, nominal width (layout), positions that really exist
   int halo, extended;       // positions on either side, width + 2 halo
-  int pitch;                // of the weights of a line in shared memory
   // Rows of few channels are short, and the accelerator takes as long for one as for a longer one. Where all that lies
   // beside each other in memory touches, its rows hold `together` positions of a scan over rows, or all lines of a
   // stage at one position of a scan over columns (`across`).
@@ -68,9 +68,6 @@ template <int CLUSTER> __device__ __forceinline__ Tile make_tile(const Tiling& t
   k.own = max(0, min(k.width, k.positions - k.start));
   k.halo = (int)t.halo;
   k.extended = k.width + 2 * k.halo;
-  // Eight threads side by side may have several lines: their weights, 16 bytes each, should fill 128 bytes of banks.
-  const int lines = (int)t.stage_lines;
-  k.pitch = lines > 1 ? (k.extended + 7) / 8 * 8 + 8 / lines : k.extended;
   // More positions a thread leave no registers for it; the copies of older GPUs go line by line.
   const bool merged = ACCELERATOR && RUN == 1 && t.merged;
   k.across = merged && !vertical;

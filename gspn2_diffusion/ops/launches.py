@@ -342,6 +342,32 @@ FINISH_BY_LINES = 4096  # pixels times weight groups up to which dW is summed by
 # with dx instead of 17; (8, 64, 64, 96) would take 15 instead of 12
 
 
+class _Summed(NamedTuple):
+    """How the weights' gradient is summed."""
+
+    apart: bool  # each direction of a part of the picture by a block of its own
+    share: int  # warps for the slices of 32 positions of a line; 0: by parts of the picture
+    blocks: int
+    floats: int  # of shared memory
+
+
+def _finish_by_lines(shape: Strides, groups: int, directions: int, slices: int) -> _Summed:
+    batch, height, width, _ = shape
+    warps = _FINISH_THREADS // 32
+    share = min(warps, 1 << (max(1, slices // groups).bit_length() - 1))
+    pieces = max(height * -(-width // 32), width * -(-height // 32))
+    blocks = -(-batch * groups * directions * pieces * share // warps)
+    return _Summed(False, share, blocks, 3 * _FINISH_THREADS)
+
+
+def _finish_by_parts(shape: Strides, groups: int, directions: int, device: int) -> _Summed:
+    batch, height, width, _ = shape
+    parts = batch * groups * -(-height // _FINISH_PART[0]) * -(-width // _FINISH_PART[1])
+    apart = parts < 4 * cupy_backend.processors(device)
+    slots = 1 if apart else directions  # that a block has
+    return _Summed(apart, 0, parts * directions // slots, slots * _FINISH_FLOATS)
+
+
 @functools.lru_cache(maxsize=4096)
 def finish_launch(
     shape: Strides,
@@ -365,16 +391,10 @@ def finish_launch(
     vec, most = 16 // dtype.itemsize, 16 * cupy_backend.processors(device)
     pixels = batch * height * width
     blocks_x = min(most, -(-pixels * channels // (vec * _FINISH_THREADS))) if want_x else 0
-    warps = _FINISH_THREADS // 32
-    parts = batch * groups * -(-height // _FINISH_PART[0]) * -(-width // _FINISH_PART[1])
-    apart = parts < 4 * cupy_backend.processors(device)
-    slots = 1 if apart else len(directions)  # that a block has
-    count, floats = parts * len(directions) // slots, slots * _FINISH_FLOATS
-    share = 0  # warps for the slices of 32 positions of a line, instead of a block for a part of the picture
     if pixels * groups <= FINISH_BY_LINES:
-        share = min(warps, 1 << (max(1, slices // groups).bit_length() - 1))
-        pieces = max(height * -(-width // 32), width * -(-height // 32))
-        count, floats = -(-batch * groups * len(directions) * pieces * share // warps), 3 * _FINISH_THREADS
+        apart, share, count, floats = _finish_by_lines(shape, groups, len(directions), slices)
+    else:
+        apart, share, count, floats = _finish_by_parts(shape, groups, len(directions), device)
     blocks_weight = min(most, count) if want_weight else 0
     problem = Problem(batch, height, width, channels, groups, directions, 0, dtype.itemsize, True)
     plan = Plan(

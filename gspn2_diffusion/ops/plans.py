@@ -76,7 +76,7 @@ class Tile:
         slice: channels of a block.
         cluster: blocks that share a line.
         halo: lines between two exchanges of a cluster, 0 without one.
-        stage_lines: lines that are fetched together; divides ``halo``.
+        stage_lines: lines that are fetched together, a power of two; divides ``halo``.
         merged: the accelerator copies rows of several positions or lines, see ``struct Tile`` there.
     """
 
@@ -199,7 +199,7 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
     lanes = tile.slice // tile.vec
     if tile.slice % tile.vec or (problem.per_group % tile.slice and not _may_overhang(problem, tile)):
         return None
-    if problem.backward and lanes not in _SUMMED:
+    if (problem.backward and lanes not in _SUMMED) or tile.stage_lines & (tile.stage_lines - 1):
         return None
     # The accelerator reads and writes shared memory at multiples of 128 bytes.
     unit = 128 // math.gcd(128, tile.slice * problem.itemsize)
@@ -249,6 +249,7 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
             slices,
             tile.halo,
             tile.stage_lines,
+            weight_pitch(tile, widths[-1]),
             across,
             down,
             boxes,
@@ -279,15 +280,22 @@ def may_merge(problem: Problem, tile: Tile) -> bool:
     return problem.touching and alone and tile.run == 1 and whole
 
 
+def weight_pitch(tile: Tile, width: int) -> int:
+    """From the weights of a line in shared memory to the next line's; ``width``: of the widest block.
+
+    Eight threads side by side may have several lines: their weights, of 16 bytes, should fill all banks.
+    """
+    extended = width + 2 * tile.halo
+    return ceil_div(extended, 8) * 8 + 8 // tile.stage_lines if tile.stage_lines > 1 else extended
+
+
 def tiled_shared_bytes(problem: Problem, tile: Tile, width: int, boxes: int, consumers: int) -> int:
     """Shared memory of a block with ``width`` positions of its own: ``struct Memory`` of the kernels."""
     extended = width + 2 * tile.halo
     counts = (*[extended] * 2, *[width] * 2, width + 2) if problem.backward else (extended, extended, width)
     line = tile.stage_lines * tile.slice * problem.itemsize
     stages = sum(boxes * ceil_div(ceil_div(count, boxes) * line, 128) * 128 for count in counts)
-    lines = tile.stage_lines
-    pitch = ceil_div(extended, 8) * 8 + 8 // lines if lines > 1 else extended  # as in cuda/tiled.cuh
-    weights = 16 * 2 * lines * pitch
+    weights = 16 * 2 * tile.stage_lines * weight_pitch(tile, width)
     per_warp = 32 // (tile.slice // tile.vec)
     border = consumers // 32 * per_warp + 2 if tile.run == 1 else 2 * (consumers // 32 + 2)
     states = 4 * tile.slice * (2 * border + 4 * tile.halo)

@@ -40,6 +40,7 @@ _LINES_OF_ONE = 1024
 
 
 _CHUNKS = (1, 2, 4, 8, 6)  # of 16 bytes in a row; those of 48 bytes straddle the sectors of memory
+_FILLING = 5  # forward, of whole lines: (1, 64, 64, 1152) in 116 blocks instead of 96 of 132 multiprocessors
 _SHORT_ROW = 4  # below so many chunks the accelerator copies a row no faster than one of 64 bytes
 
 
@@ -52,7 +53,10 @@ def tiles(problem: Problem, clusters: Sequence[int] = (1, 2, 3, 4, 5, 7, 8, 16))
     chunk = 16 // problem.itemsize
     exact = [size for size in _CHUNKS if problem.per_group % (size * chunk) == 0]
     overhang = len(clusters) > 1 and 0 < max(exact, default=0) < _SHORT_ROW
-    for size, (vec, run), cluster in itertools.product(_CHUNKS if overhang else exact, RUNS, clusters):
+    sizes = _CHUNKS if overhang else exact + [_FILLING] * (len(clusters) > 1 and not problem.backward)
+    for size, (vec, run), cluster in itertools.product(sizes, RUNS, clusters):
+        if size == _FILLING and (cluster > 1 or run > 1):
+            continue
         for stage_lines, halo in itertools.product((1, 2, 4), (0,) if cluster == 1 else (2, 4, 8)):
             tile = Tile(vec * 2 // problem.itemsize, run, size * chunk, cluster, halo, stage_lines)
             merged = replace(tile, merged=True)
@@ -116,13 +120,11 @@ def estimate(problem: Problem, plan: Plan, shared_limit: int, processors: int) -
 
 def known_to_be_poor(problem: Problem, tile: Tile) -> bool:
     """Whether measurements rule a tile out that the estimate would favour; one of its kind always stays."""
-    if tile.merged and tile.cluster not in _POWERS:
-        return True  # (16, 1024, 1024, 8): clusters of 5 and 7 took 2.4 ms, those of 8 2.1
     if tile.slice // tile.vec % 3 == 0:
         if tile.halo > 4:  # (1, 512, 512, 144) forward 0.56 ms, with 4 0.44
             return True
         short = min(problem.height, problem.width) < _LINES_OF_SIX
-        if problem.backward and (short or 2 * tile.slice > problem.channels):
+        if problem.backward and short:
             return True
     shared = problem.lines >= _LINES_OF_ONE and tile.slice < problem.channels
     return problem.backward and shared and tile.stage_lines > 1

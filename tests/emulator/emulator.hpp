@@ -257,6 +257,8 @@ inline Index thread_index{{[] { return current->index; }}}, block_index{{[] { re
 #define gridDim emulator::grid_dim
 
 inline void __syncwarp() { emulator::meet(emulator::warp().all, 0xffffffffu); }
+inline int __clz(int value) { return value ? __builtin_clz((unsigned)value) : 32; }
+
 inline void __syncthreads() {
   auto& b = *emulator::current->block;
   const long generation = b.generation;
