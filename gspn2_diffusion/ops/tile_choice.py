@@ -30,17 +30,21 @@ _MANY_POSITIONS, _TOO_MANY = 128, (1.15, 2.0)
 # Forward, threads with 16 bytes take less than estimated where blocks have whole lines and fill most of the
 # GPU: (1, 64, 64, 768) and (32, 32, 32, 192) 4 and 5%, but (1, 64, 64, 32) nothing.
 _WIDE_VECTORS, _FULL = 0.95, 0.7
-# Slices of 48 channels (six chunks), whose three or six lanes take more shuffles to sum backward, gain only
-# where scattered rows of 32 bytes cost most: (1, 512, 512, 144) 1.10 instead of 1.40 ms, (1, 1024, 1024, 144)
-# 4.8 instead of 7.0, but (1, 256, 256, 144) 0.36 instead of 0.31, (1, 512, 512, 48) 0.69 instead of 0.52.
-_LINES_OF_SIX = 512
+# Otherwise much alike, but forward in clusters (1, 135, 240, 144) takes 0.094 instead of 0.101 ms
+# with 16 bytes, backward (1, 64, 64, 768) 0.082 instead of 0.087 in whole lines of 32 channels.
+_ALIKE = 0.99
+# Slices of 48 channels (six chunks). Forward in stages of several lines they take less than estimated:
+# (1, 256, 256, 144) 0.130 ms, slices of 16 0.149. Backward their three or six lanes take more shuffles to
+# sum, which clusters gain back only where scattered rows of 32 bytes cost most: (1, 512, 512, 144) 1.10
+# instead of 1.40 ms, (1, 1024, 1024, 144) 4.8 instead of 7.0, (1, 1024, 1024, 48) 1.83 instead of 2.5, but
+# (1, 512, 512, 48) 0.69 instead of 0.52.
+_SIX_TOGETHER, _LINES_OF_SIX = 0.9, 512
 # Backward, slices of one row that several blocks share drift apart by the lines in flight, and the L2 loses
-# the row: (1, 1024, 1024, 48) 1.83 ms in stages of one line, 2.6 in stages of two.
+# the row: from so many lines on in stages of one line.
 _LINES_OF_ONE = 1024
 
 
 _CHUNKS = (1, 2, 4, 8, 6)  # of 16 bytes in a row; those of 48 bytes straddle the sectors of memory
-_FILLING = 5  # forward, of whole lines: (1, 64, 64, 1152) in 116 blocks instead of 96 of 132 multiprocessors
 _SHORT_ROW = 4  # below so many chunks the accelerator copies a row no faster than one of 64 bytes
 
 
@@ -53,10 +57,7 @@ def tiles(problem: Problem, clusters: Sequence[int] = (1, 2, 3, 4, 5, 7, 8, 16))
     chunk = 16 // problem.itemsize
     exact = [size for size in _CHUNKS if problem.per_group % (size * chunk) == 0]
     overhang = len(clusters) > 1 and 0 < max(exact, default=0) < _SHORT_ROW
-    sizes = _CHUNKS if overhang else exact + [_FILLING] * (len(clusters) > 1 and not problem.backward)
-    for size, (vec, run), cluster in itertools.product(sizes, RUNS, clusters):
-        if size == _FILLING and (cluster > 1 or run > 1):
-            continue
+    for size, (vec, run), cluster in itertools.product(_CHUNKS if overhang else exact, RUNS, clusters):
         for stage_lines, halo in itertools.product((1, 2, 4), (0,) if cluster == 1 else (2, 4, 8)):
             tile = Tile(vec * 2 // problem.itemsize, run, size * chunk, cluster, halo, stage_lines)
             merged = replace(tile, merged=True)
@@ -112,19 +113,30 @@ def estimate(problem: Problem, plan: Plan, shared_limit: int, processors: int) -
     time = sum(c * t for c, t in zip(_COST[problem.backward], terms, strict=True))
     if max(plan.widths) > _MANY_POSITIONS:
         time *= _TOO_MANY[problem.backward]
-    alone = plan.tile.run == 1 and plan.tile.cluster == 1 and not problem.backward
-    if alone and plan.tile.vec * problem.itemsize == 16 and plan.grid > _FULL * processors:
-        time *= _WIDE_VECTORS
+    tile, forward = plan.tile, not problem.backward
+    if tile.run == 1 and tile.vec * problem.itemsize == 16:
+        if forward and tile.cluster == 1 and plan.grid > _FULL * processors:
+            time *= _WIDE_VECTORS
+        elif tile.cluster > 1 if forward else tile.cluster == 1 and tile.slice >= 32:
+            time *= _ALIKE
+    if forward and tile.cluster > 1 and tile.stage_lines > 1 and _of_six(tile):
+        time *= _SIX_TOGETHER
     return time
+
+
+def _of_six(tile: Tile) -> bool:
+    """Whether a position has three times a power of two of threads."""
+    return tile.slice // tile.vec % 3 == 0
 
 
 def known_to_be_poor(problem: Problem, tile: Tile) -> bool:
     """Whether measurements rule a tile out that the estimate would favour; one of its kind always stays."""
-    if tile.slice // tile.vec % 3 == 0:
+    if _of_six(tile):
         if tile.halo > 4:  # (1, 512, 512, 144) forward 0.56 ms, with 4 0.44
             return True
-        short = min(problem.height, problem.width) < _LINES_OF_SIX
-        if problem.backward and short:
+        few = min(problem.height, problem.width) < _LINES_OF_SIX
+        most = 2 * tile.slice > problem.channels and problem.lines < _LINES_OF_ONE
+        if problem.backward and tile.cluster > 1 and (few or most):
             return True
     shared = problem.lines >= _LINES_OF_ONE and tile.slice < problem.channels
     return problem.backward and shared and tile.stage_lines > 1

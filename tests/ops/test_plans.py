@@ -106,7 +106,13 @@ def test_the_chosen_tile_is_the_cheapest(problem):
 @pytest.mark.parametrize(
     ("size", "channels", "backward", "tile", "poor"),
     [
-        (256, 144, True, Tile(8, 1, 48, 8, 4, 2), True),  # slices of 48 are for large pictures, backward
+        (
+            256,
+            144,
+            True,
+            Tile(8, 1, 48, 8, 4, 2),
+            True,
+        ),  # backward, slices of 48 in clusters are for large pictures
         (512, 144, True, Tile(8, 1, 48, 8, 4, 1), False),
         (512, 48, True, Tile(8, 1, 48, 8, 4, 1), True),  # and for more channels than that
         (256, 144, False, Tile(8, 1, 48, 8, 4, 2), False),
@@ -114,7 +120,8 @@ def test_the_chosen_tile_is_the_cheapest(problem):
         (1024, 144, True, Tile(4, 1, 16, 16, 8, 2), True),  # stages of lines whose rows are shared
         (1024, 144, True, Tile(4, 1, 16, 16, 8, 1), False),
         (1024, 16, True, Tile(4, 1, 16, 16, 8, 2), False),
-        (1024, 8, False, Tile(8, 1, 8, 5, 8, 2, merged=True), True),
+        (1024, 48, True, Tile(8, 1, 48, 16, 4, 1), False),  # but not of many lines
+        (64, 1152, True, Tile(8, 1, 48, 1, 0, 1), False),  # nor of whole ones
     ],
 )
 def test_tiles_that_measurements_rule_out(size, channels, backward, tile, poor):
