@@ -32,13 +32,13 @@ _MANY_POSITIONS, _TOO_MANY = 128, (1.15, 2.0)
 _WIDE_VECTORS, _FULL = 0.95, 0.7
 # Otherwise much alike, but forward in clusters (1, 135, 240, 144) takes 0.094 instead of 0.101 ms
 # with 16 bytes, backward (1, 64, 64, 768) 0.082 instead of 0.087 in whole lines of 32 channels.
-_ALIKE = 0.99
+_ALIKE = 0.99  # not in clusters of 16: (1, 128, 128, 32) 0.050 instead of 0.045 ms
 # Slices of 48 channels (six chunks). Forward in stages of several lines they take less than estimated:
-# (1, 256, 256, 144) 0.130 ms, slices of 16 0.149. Backward their three or six lanes take more shuffles to
-# sum, which clusters gain back only where scattered rows of 32 bytes cost most: (1, 512, 512, 144) 1.10
-# instead of 1.40 ms, (1, 1024, 1024, 144) 4.8 instead of 7.0, (1, 1024, 1024, 48) 1.83 instead of 2.5, but
-# (1, 512, 512, 48) 0.69 instead of 0.52.
-_SIX_TOGETHER, _LINES_OF_SIX = 0.9, 512
+# (1, 256, 256, 144) 0.130 ms, slices of 16 0.149; but (1, 128, 128, 144) 0.058 and 0.051. Backward their
+# three or six lanes take more shuffles to sum, which clusters gain back only where scattered rows of 32 bytes
+# cost most: (1, 512, 512, 144) 1.10 instead of 1.40 ms, (1, 1024, 1024, 144) 4.8 instead of 7.0,
+# (1, 1024, 1024, 48) 1.83 instead of 2.5, but (1, 512, 512, 48) 0.69 instead of 0.52.
+_SIX_TOGETHER, _LINES_TOGETHER, _LINES_OF_SIX = 0.9, 256, 512
 # Backward, slices of one row that several blocks share drift apart by the lines in flight, and the L2 loses
 # the row: from so many lines on in stages of one line.
 _LINES_OF_ONE = 1024
@@ -117,9 +117,10 @@ def estimate(problem: Problem, plan: Plan, shared_limit: int, processors: int) -
     if tile.run == 1 and tile.vec * problem.itemsize == 16:
         if forward and tile.cluster == 1 and plan.grid > _FULL * processors:
             time *= _WIDE_VECTORS
-        elif tile.cluster > 1 if forward else tile.cluster == 1 and tile.slice >= 32:
+        elif 1 < tile.cluster <= 8 if forward else tile.cluster == 1 and tile.slice >= 32:
             time *= _ALIKE
-    if forward and tile.cluster > 1 and tile.stage_lines > 1 and _of_six(tile):
+    large = min(problem.height, problem.width) >= _LINES_TOGETHER
+    if forward and large and tile.cluster > 1 and tile.stage_lines > 1 and _of_six(tile):
         time *= _SIX_TOGETHER
     return time
 
@@ -132,9 +133,9 @@ def _of_six(tile: Tile) -> bool:
 def known_to_be_poor(problem: Problem, tile: Tile) -> bool:
     """Whether measurements rule a tile out that the estimate would favour; one of its kind always stays."""
     if _of_six(tile):
-        if tile.halo > 4:  # (1, 512, 512, 144) forward 0.56 ms, with 4 0.44
-            return True
         few = min(problem.height, problem.width) < _LINES_OF_SIX
+        if tile.halo > 4 and (problem.backward or not few):  # (1, 512, 512, 144) forward 0.56 ms, with 4 0.44
+            return True
         most = 2 * tile.slice > problem.channels and problem.lines < _LINES_OF_ONE
         if problem.backward and tile.cluster > 1 and (few or most):
             return True

@@ -116,7 +116,8 @@ def test_the_chosen_tile_is_the_cheapest(problem):
         (512, 144, True, Tile(8, 1, 48, 8, 4, 1), False),
         (512, 48, True, Tile(8, 1, 48, 8, 4, 1), True),  # and for more channels than that
         (256, 144, False, Tile(8, 1, 48, 8, 4, 2), False),
-        (256, 144, False, Tile(8, 1, 48, 8, 8, 2), True),
+        (256, 144, False, Tile(8, 1, 48, 8, 8, 4), False),
+        (512, 144, False, Tile(8, 1, 48, 8, 8, 2), True),
         (1024, 144, True, Tile(4, 1, 16, 16, 8, 2), True),  # stages of lines whose rows are shared
         (1024, 144, True, Tile(4, 1, 16, 16, 8, 1), False),
         (1024, 16, True, Tile(4, 1, 16, 16, 8, 2), False),
