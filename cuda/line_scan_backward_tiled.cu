@@ -352,8 +352,10 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
           Vector bits;
           load_words(bits.words, h + at_around[r]);
           if (r > 0 && r <= RUN) hidden[r - 1] = bits;
-          const int q = p + r - 1;
-          if (!a.dweight || q < 0 || q >= k.positions) continue;
+          if (!a.dweight) continue;
+#if !ACCELERATOR  // which brings zeros from outside of the picture
+          if (p + r - 1 < 0 || p + r - 1 >= k.positions) continue;
+#endif
 #pragma unroll
           for (int n = 0; n < VEC; ++n) {
             const float there = to_float(bits.element[n]);
@@ -416,5 +418,6 @@ template <int CLUSTER> __device__ __forceinline__ void line_scan(const Parameter
 }
 
 #define KERNEL line_scan_backward_tiled
-#define KERNEL_THREADS THREADS
+// In clusters 80 registers, as 736 threads have, would not do: some would be spilled.
+#define KERNEL_THREADS (RUN == 1 && BLOCKS > 1 ? 640 : THREADS)
 #include "entries.cuh"

@@ -22,7 +22,7 @@
 
 // RUN is odd, so that a warp reads the rows of shared memory without bank conflicts.
 #define STAGES 4
-#define THREADS (VEC * RUN >= 12 ? 448 : 736)  // of a block at most
+#define THREADS (VEC * RUN >= 12 ? 512 : 736)  // of a block at most
 #define WEIGHERS 128
 #define ITEMS 4  // positions times lines of a stage that a weigher has at most
 

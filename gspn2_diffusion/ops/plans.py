@@ -88,10 +88,11 @@ class Tile:
     stage_lines: int
     merged: bool = False
 
-    @property
-    def most_threads(self) -> int:
-        """THREADS in ``cuda/tiled.cuh``."""
-        return 448 if self.vec * self.run >= 12 else 736
+    def most_threads(self, backward: bool) -> int:
+        """KERNEL_THREADS of the tiled kernels."""
+        if self.vec * self.run >= 12:
+            return 512
+        return 640 if backward and self.cluster > 1 else 736
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: it is a key of what is kept for every launch
@@ -218,7 +219,7 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
         return None
     extended = widths[-1] + 2 * tile.halo
     consumers = 32 * ceil_div(ceil_div(extended, tile.run), 32 // lanes) if lanes <= 32 else MAX_GRID
-    if consumers + HELPERS > tile.most_threads:
+    if consumers + HELPERS > tile.most_threads(problem.backward):
         return None
     shared = max(tiled_shared_bytes(problem, tile, width, boxes, consumers) for width in widths)
     if shared > shared_limit:

@@ -35,9 +35,10 @@ _WIDE_VECTORS, _FULL = 0.95, 0.7
 _ALIKE = 0.99  # not in clusters of 16: (1, 128, 128, 32) 0.050 instead of 0.045 ms
 # Slices of 48 channels (six chunks). Forward in stages of several lines they take less than estimated:
 # (1, 256, 256, 144) 0.130 ms, slices of 16 0.149; but (1, 128, 128, 144) 0.058 and 0.051. Backward their
-# three or six lanes take more shuffles to sum, which clusters gain back only where scattered rows of 32 bytes
-# cost most: (1, 512, 512, 144) 1.10 instead of 1.40 ms, (1, 1024, 1024, 144) 4.8 instead of 7.0,
-# (1, 1024, 1024, 48) 1.83 instead of 2.5, but (1, 512, 512, 48) 0.69 instead of 0.52.
+# three or six lanes take more shuffles to sum, which gains only where scattered rows of 32 bytes cost most:
+# (1, 512, 512, 144) 1.10 instead of 1.40 ms, (1, 1024, 1024, 144) 4.8 instead of 7.0, (1, 1024, 1024, 48)
+# 1.83 instead of 2.5, but (1, 512, 512, 48) 0.69 instead of 0.52; or where few blocks have whole lines:
+# (1, 64, 64, 1152) 0.115 instead of 0.122, but (32, 32, 32, 192) 0.152 instead of 0.147.
 _SIX_TOGETHER, _LINES_TOGETHER, _LINES_OF_SIX = 0.9, 256, 512
 # Backward, slices of one row that several blocks share drift apart by the lines in flight, and the L2 loses
 # the row: from so many lines on in stages of one line.
@@ -107,7 +108,7 @@ def cost_terms(problem: Problem, plan: Plan, shared_limit: int, processors: int)
 def estimate(problem: Problem, plan: Plan, shared_limit: int, processors: int) -> float:
     """Estimated nanoseconds of a tiled launch; infinite for one that is known to be poor."""
     assert plan.tile is not None
-    if known_to_be_poor(problem, plan.tile):
+    if known_to_be_poor(problem, plan.tile, plan.grid > processors):
         return math.inf
     terms = cost_terms(problem, plan, shared_limit, processors)
     time = sum(c * t for c, t in zip(_COST[problem.backward], terms, strict=True))
@@ -130,14 +131,18 @@ def _of_six(tile: Tile) -> bool:
     return tile.slice // tile.vec % 3 == 0
 
 
-def known_to_be_poor(problem: Problem, tile: Tile) -> bool:
-    """Whether measurements rule a tile out that the estimate would favour; one of its kind always stays."""
+def known_to_be_poor(problem: Problem, tile: Tile, crowded: bool) -> bool:
+    """Whether measurements rule a tile out that the estimate would favour; one of its kind always stays.
+
+    Args:
+        crowded: there are more blocks than multiprocessors.
+    """
     if _of_six(tile):
         few = min(problem.height, problem.width) < _LINES_OF_SIX
         if tile.halo > 4 and (problem.backward or not few):  # (1, 512, 512, 144) forward 0.56 ms, with 4 0.44
             return True
         most = 2 * tile.slice > problem.channels and problem.lines < _LINES_OF_ONE
-        if problem.backward and tile.cluster > 1 and (few or most):
+        if problem.backward and (few or most) and (tile.cluster > 1 or crowded):
             return True
     shared = problem.lines >= _LINES_OF_ONE and tile.slice < problem.channels
     return problem.backward and shared and tile.stage_lines > 1

@@ -59,7 +59,7 @@ def test_every_tile_keeps_to_the_kernels_rules(problem):
         assert (tile.halo > 0) == (tile.cluster > 1)
         assert plan.shared_bytes <= LIMIT
         assert plan.threads % 32 == 0
-        assert plan.threads <= (448 if tile.vec * tile.run >= 12 else 736)
+        assert plan.threads <= tile.most_threads(problem.backward) <= 736
         assert tile.halo * row_bytes % 128 == 0
         for length, width in zip((problem.width, problem.height), plan.widths, strict=True):
             extended = width + 2 * tile.halo
