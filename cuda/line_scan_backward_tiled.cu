@@ -24,22 +24,22 @@ struct Parameters {
 // Shared memory: ring of stages, weights of two stages, what consumers leave to each other and what the neighbours sent.
 struct Memory {
   Layout wide, narrow, around;     // of stages with the halo, without it, and with one position on either side
-  scalar_t *dy, *u, *x, *lam, *h;  // [STAGES][layout]; du, dlam and dx take the places of dy, x and lam
+  scalar_t *dy, *u, *x, *lam, *h;  // [ring][layout]; du, dlam and dx take the places of dy, x and lam
   float4* weights;                 // [2][stage_lines][weight_pitch]: of the line after, from before, here and after
   float* border;                   // [2][border_elements]
   float* received;                 // [2][left, right][halo][slice]
-  int64* barriers;                 // [STAGES], and two of the exchange
+  int64* barriers;                 // [ring], and two of the exchange
   __device__ Memory(char* base, const Tile& k, const Tiling& t)
       : wide(k.extended, (int)t.stage_lines, (int)t.slice, boxes_of(t)),
         narrow(k.width, (int)t.stage_lines, (int)t.slice, boxes_of(t)),
         around(k.width + 2, (int)t.stage_lines, (int)t.slice, boxes_of(t)) {
-    const int slice = (int)t.slice, lines = (int)t.stage_lines;
+    const int slice = (int)t.slice, lines = (int)t.stage_lines, ring = (int)t.ring;
     dy = reinterpret_cast<scalar_t*>(base);
-    u = dy + STAGES * wide.elements;
-    x = u + STAGES * wide.elements;
-    lam = x + STAGES * narrow.elements;
-    h = lam + STAGES * narrow.elements;
-    weights = reinterpret_cast<float4*>(h + STAGES * around.elements);
+    u = dy + ring * wide.elements;
+    x = u + ring * wide.elements;
+    lam = x + ring * narrow.elements;
+    h = lam + ring * narrow.elements;
+    weights = reinterpret_cast<float4*>(h + ring * around.elements);
     border = reinterpret_cast<float*>(weights + 2 * lines * (int)t.weight_pitch);
     received = border + 2 * border_elements((int)t.consumers, slice);
     barriers = reinterpret_cast<int64*>(received + 4 * k.halo * slice);
@@ -63,11 +63,11 @@ struct Copier {
 
 #if ACCELERATOR
   __device__ void start() const {
-    for (int n = 0; n < STAGES; ++n) start_barrier(m.barriers + n);
+    for (int n = 0; n < a.tiling.ring; ++n) start_barrier(m.barriers + n);
     publish_barriers();
   }
   __device__ void fetch(int stage, int) const {
-    const int step = stage * capacity, slot = stage % STAGES;
+    const int step = stage * capacity, slot = slot_of(a.tiling, stage);
     if (step >= total) return;
     const int boxes = boxes_of(a.tiling), kind = k.direction >> 1, low = lowest(step);
     const Corner wide(k, slice, k.start - k.halo, low), narrow(k, slice, k.start, low);
@@ -88,7 +88,7 @@ struct Copier {
     return k.direction & 1 ? k.lines - 1 - line : line - capacity + 1;
   }
   __device__ void store(int stage, int) const {
-    const int step = stage * capacity, steps = min(capacity, total - step), slot = stage % STAGES;
+    const int step = stage * capacity, steps = min(capacity, total - step), slot = slot_of(a.tiling, stage);
     const int boxes = boxes_of(a.tiling), kind = k.direction >> 1;
     const bool backwards = k.direction & 1;
     const int first = k.start / k.together;
@@ -118,7 +118,7 @@ struct Copier {
   }
 #else
   __device__ void fetch(int stage, int thread) const {
-    const int step = stage * capacity, steps = min(capacity, total - step), slot = stage % STAGES;
+    const int step = stage * capacity, steps = min(capacity, total - step), slot = slot_of(a.tiling, stage);
     if (steps > 0) {
       const auto copy = [&](const scalar_t* to, const scalar_t* from, int64 base, int64 row, int64 column, int first, int count,
                             int shift) {
@@ -136,7 +136,7 @@ struct Copier {
     commit_copies();
   }
   __device__ void store(int stage, int thread) const {
-    const int step = stage * capacity, steps = min(capacity, total - step), slot = stage % STAGES;
+    const int step = stage * capacity, steps = min(capacity, total - step), slot = slot_of(a.tiling, stage);
     const int64 image = k.batch * a.tiling.height * a.tiling.width, pixels = a.tiling.batch * a.tiling.height * a.tiling.width;
     const View out = reversed(view_along(k.direction, k.lines, k.batch * a.o_b + k.slot * a.o_d + k.channel, a.o_h, a.o_w), k.end);
     const View dx = reversed(view_along(k.direction, k.lines, (k.slot * pixels + image) * a.tiling.channels + k.channel,
@@ -205,8 +205,8 @@ __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k,
 #if !ACCELERATOR
   const Copier copier(a, k, m);
 #pragma unroll 1
-  for (int stage = 0; stage < STAGES - 1; ++stage) copier.fetch(stage, thread);
-  wait_copies<STAGES - 2>();
+  for (int stage = 0; stage < (int)a.tiling.ring - 1; ++stage) copier.fetch(stage, thread);
+  wait_stage(a.tiling);
 #endif
   weigher.fetch(1, total);
   weigh(0);
@@ -216,8 +216,8 @@ __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k,
   for (int stage = 0; stage < stages; ++stage) {
 #if !ACCELERATOR
     if (stage > 0) copier.store(stage - 1, thread);
-    copier.fetch(stage + STAGES - 1, thread);
-    wait_copies<STAGES - 2>();
+    copier.fetch(stage + (int)a.tiling.ring - 1, thread);
+    wait_stage(a.tiling);
 #endif
     weigh(stage + 1);
     weigher.fetch(0, total - (stage + 2) * capacity);
@@ -234,7 +234,7 @@ __device__ __forceinline__ void copy_stages(const Parameters& a, const Tile& k, 
 #if ACCELERATOR
   if (lane == 0) {
     copier.start();
-    for (int stage = 0; stage < STAGES; ++stage) copier.fetch(stage, 0);
+    for (int stage = 0; stage < a.tiling.ring; ++stage) copier.fetch(stage, 0);
   }
   __syncwarp();
 #endif
@@ -244,7 +244,7 @@ __device__ __forceinline__ void copy_stages(const Parameters& a, const Tile& k, 
 #if ACCELERATOR
     if (lane == 0 && stage > 0) {
       copier.store(stage - 1, 0);
-      copier.fetch(stage - 1 + STAGES, 0);
+      copier.fetch(stage - 1 + (int)a.tiling.ring, 0);
     }
     __syncwarp();
 #endif
@@ -266,7 +266,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
   const Place at(thread, slice);
   const int pitch = k.across ? capacity * slice : slice;  // of positions in shared memory
   const int readable = at.used ? k.extended : 0;  // positions before this one are there to be read
-  const Exchange exchange = {m.received, shared_address(m.barriers + STAGES), k.halo, k.own, slice, k.rank, CLUSTER};
+  const Exchange exchange = {m.received, shared_address(m.barriers + a.tiling.ring), k.halo, k.own, slice, k.rank, CLUSTER};
   const int p = k.start - k.halo + at.first;
   const View out = reversed(
       view_along(k.direction, k.lines, k.batch * a.o_b + k.slot * a.o_d + k.channel, a.o_h, a.o_w), k.end);
@@ -307,9 +307,9 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
 
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
-    const int steps = min(capacity, total - stage * capacity), slot = stage % STAGES;
+    const int steps = min(capacity, total - stage * capacity), slot = slot_of(a.tiling, stage);
 #if ACCELERATOR
-    wait_barrier(m.barriers + slot, stage / STAGES & 1);
+    wait_barrier(m.barriers + slot, phase_of(a.tiling, stage));
 #endif
     scalar_t* dy = m.dy + slot * m.wide.elements + first_line * wide_line;
     scalar_t* x = m.x + slot * m.narrow.elements + first_line * narrow_line;
@@ -418,6 +418,6 @@ template <int CLUSTER> __device__ __forceinline__ void line_scan(const Parameter
 }
 
 #define KERNEL line_scan_backward_tiled
-// In clusters 80 registers, as 736 threads have, would not do: some would be spilled.
-#define KERNEL_THREADS (RUN == 1 && BLOCKS > 1 ? 640 : THREADS)
+// In clusters 80 or 128 registers would not do: some would be spilled.
+#define KERNEL_THREADS (BLOCKS == 1 ? THREADS : RUN == 1 ? 640 : 384)
 #include "entries.cuh"

@@ -17,19 +17,19 @@ struct Parameters {
 // Shared memory: ring of stages, weights of two stages, what consumers leave to each other and what the neighbours sent.
 struct Memory {
   Layout wide, narrow;      // of stages with the halo and without it
-  scalar_t *x, *lam, *u;    // [STAGES][wide or narrow]; y takes the place of u, the hidden states that of x
+  scalar_t *x, *lam, *u;    // [ring][wide or narrow]; y takes the place of u, the hidden states that of x
   float4* weights;          // [2][stage_lines][weight_pitch]
   float* border;            // [2][border_elements]
   float* received;          // [2][left, right][halo][slice]
-  int64* barriers;          // [STAGES], and two of the exchange
+  int64* barriers;          // [ring], and two of the exchange
   __device__ Memory(char* base, const Tile& k, const Tiling& t)
       : wide(k.extended, (int)t.stage_lines, (int)t.slice, boxes_of(t)),
         narrow(k.width, (int)t.stage_lines, (int)t.slice, boxes_of(t)) {
-    const int slice = (int)t.slice, lines = (int)t.stage_lines;
+    const int slice = (int)t.slice, lines = (int)t.stage_lines, ring = (int)t.ring;
     x = reinterpret_cast<scalar_t*>(base);
-    lam = x + STAGES * wide.elements;
-    u = lam + STAGES * wide.elements;
-    weights = reinterpret_cast<float4*>(u + STAGES * narrow.elements);
+    lam = x + ring * wide.elements;
+    u = lam + ring * wide.elements;
+    weights = reinterpret_cast<float4*>(u + ring * narrow.elements);
     border = reinterpret_cast<float*>(weights + 2 * lines * (int)t.weight_pitch);
     received = border + 2 * border_elements((int)t.consumers, slice);
     barriers = reinterpret_cast<int64*>(received + 4 * k.halo * slice);
@@ -48,11 +48,11 @@ struct Copier {
 
 #if ACCELERATOR
   __device__ void start() const {
-    for (int n = 0; n < STAGES; ++n) start_barrier(m.barriers + n);
+    for (int n = 0; n < a.tiling.ring; ++n) start_barrier(m.barriers + n);
     publish_barriers();
   }
   __device__ void fetch(int stage, int) const {
-    const int line = k.begin + stage * capacity, slot = stage % STAGES;
+    const int line = k.begin + stage * capacity, slot = slot_of(a.tiling, stage);
     if (line >= k.end) return;
     const int boxes = boxes_of(a.tiling), kind = k.direction >> 1, low = lowest(line);
     const Corner wide(k, slice, k.start - k.halo, low), narrow(k, slice, k.start, low);
@@ -66,7 +66,7 @@ struct Copier {
   // Of the lines of a stage that begins at `line`, the lowest one in memory.
   __device__ int lowest(int line) const { return k.direction & 1 ? k.lines - line - capacity : line; }
   __device__ void store(int stage, int) const {
-    const int line = k.begin + stage * capacity, lines = min(capacity, k.end - line), slot = stage % STAGES;
+    const int line = k.begin + stage * capacity, lines = min(capacity, k.end - line), slot = slot_of(a.tiling, stage);
     const int boxes = boxes_of(a.tiling), kind = k.direction >> 1;
     const bool backwards = k.direction & 1;
     const int first = k.start / k.together;
@@ -91,7 +91,7 @@ struct Copier {
   }
 #else
   __device__ void fetch(int stage, int thread) const {
-    const int line = k.begin + stage * capacity, lines = min(capacity, k.end - line), slot = stage % STAGES;
+    const int line = k.begin + stage * capacity, lines = min(capacity, k.end - line), slot = slot_of(a.tiling, stage);
     const int left = k.start - k.halo;
     if (lines > 0) {
       const View x = view_along(k.direction, k.lines, k.batch * a.x_b + k.channel, a.x_h, a.x_w);
@@ -105,7 +105,7 @@ struct Copier {
     commit_copies();
   }
   __device__ void store(int stage, int thread) const {
-    const int line = k.begin + stage * capacity, lines = min(capacity, k.end - line), slot = stage % STAGES;
+    const int line = k.begin + stage * capacity, lines = min(capacity, k.end - line), slot = slot_of(a.tiling, stage);
     const View y = view_along(k.direction, k.lines, base, a.y_h, a.y_w);
     store_lines(thread, a.y, y, line, lines, k.start, k.own, slice, m.u + slot * m.narrow.elements, k.width);
     if (a.state)
@@ -159,8 +159,8 @@ __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k,
 #if !ACCELERATOR
   const Copier copier(a, k, m);
 #pragma unroll 1
-  for (int stage = 0; stage < STAGES - 1; ++stage) copier.fetch(stage, thread);
-  wait_copies<STAGES - 2>();
+  for (int stage = 0; stage < (int)a.tiling.ring - 1; ++stage) copier.fetch(stage, thread);
+  wait_stage(a.tiling);
 #endif
   weigher.fetch(1, total);
   weigh(0);
@@ -170,8 +170,8 @@ __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k,
   for (int stage = 0; stage < stages; ++stage) {
 #if !ACCELERATOR
     if (stage > 0) copier.store(stage - 1, thread);
-    copier.fetch(stage + STAGES - 1, thread);
-    wait_copies<STAGES - 2>();
+    copier.fetch(stage + (int)a.tiling.ring - 1, thread);
+    wait_stage(a.tiling);
 #endif
     weigh(stage + 1);
     weigher.fetch(0, total - (stage + 2) * capacity);
@@ -189,7 +189,7 @@ __device__ __forceinline__ void copy_stages(const Parameters& a, const Tile& k, 
 #if ACCELERATOR
   if (lane == 0) {
     copier.start();
-    for (int stage = 0; stage < STAGES; ++stage) copier.fetch(stage, 0);
+    for (int stage = 0; stage < a.tiling.ring; ++stage) copier.fetch(stage, 0);
   }
   __syncwarp();
 #endif
@@ -199,7 +199,7 @@ __device__ __forceinline__ void copy_stages(const Parameters& a, const Tile& k, 
 #if ACCELERATOR
     if (lane == 0 && stage > 0) {
       copier.store(stage - 1, 0);
-      copier.fetch(stage - 1 + STAGES, 0);
+      copier.fetch(stage - 1 + (int)a.tiling.ring, 0);
     }
     __syncwarp();
 #endif
@@ -220,7 +220,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
   const Place at(thread, slice);
   const int pitch = k.across ? capacity * slice : slice;  // of positions in shared memory
   const int readable = at.used ? k.extended : 0;  // positions before this one are there to be read
-  const Exchange exchange = {m.received, shared_address(m.barriers + STAGES), k.halo, k.own, slice, k.rank, CLUSTER};
+  const Exchange exchange = {m.received, shared_address(m.barriers + a.tiling.ring), k.halo, k.own, slice, k.rank, CLUSTER};
   const bool stores_state = a.state && boxes_of(a.tiling) > 1;  // where the accelerator cannot
   const View vy = view_along(k.direction, k.lines, k.batch * a.y_b + k.slot * a.y_d + k.channel, a.y_h, a.y_w);
   int at_wide[RUN], at_narrow[RUN];
@@ -250,9 +250,9 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
 
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
-    const int lines = min(capacity, k.end - k.begin - stage * capacity), slot = stage % STAGES;
+    const int lines = min(capacity, k.end - k.begin - stage * capacity), slot = slot_of(a.tiling, stage);
 #if ACCELERATOR
-    wait_barrier(m.barriers + slot, stage / STAGES & 1);
+    wait_barrier(m.barriers + slot, phase_of(a.tiling, stage));
 #endif
     scalar_t* x = m.x + slot * m.wide.elements + first_line * wide_line;
     scalar_t* u = m.u + slot * m.narrow.elements + first_line * narrow_line;

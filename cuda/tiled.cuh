@@ -21,7 +21,6 @@
 #endif
 
 // RUN is odd, so that a warp reads the rows of shared memory without bank conflicts.
-#define STAGES 4
 #define THREADS (VEC * RUN >= 12 ? 512 : 736)  // of a block at most
 #define WEIGHERS 128
 #define ITEMS 4  // positions times lines of a stage that a weigher has at most
@@ -31,6 +30,7 @@ struct Tiling {
   int64 slice, slices;                    // channels of a slice, slices of all channels; the last may overhang
   int64 halo;                             // lines between two exchanges of a cluster; 0 without a cluster
   int64 stage_lines;                      // lines of a stage; divides halo
+  int64 ring;                             // stages in shared memory: 4, or 3 where another block fits a multiprocessor then
   int64 weight_pitch;                     // from the weights of a line in shared memory to those of the next
   int64 tile_vertical, tile_horizontal;   // positions of a tile, for the vertical and horizontal directions
   int64 boxes;                            // a line's positions are copied in so many boxes
@@ -38,6 +38,12 @@ struct Tiling {
   int64 normalize;
   int64 merged;                           // rows of the accelerator hold several positions or lines: Tile::across
 };
+
+// A stage's place in the ring, and the parity of its turn there.
+__device__ __forceinline__ int slot_of(const Tiling& t, int stage) { return t.ring == 3 ? (unsigned)stage % 3u : stage & 3; }
+__device__ __forceinline__ int phase_of(const Tiling& t, int stage) {
+  return (t.ring == 3 ? (unsigned)stage / 3u : stage >> 2) & 1;
+}
 
 struct Tile : Stretch {
   int slice, channel, channels, group, rank;  // channels: those that really exist from `channel` on
@@ -174,6 +180,9 @@ __device__ __forceinline__ void store_floats(float* p, const float (&in)[VEC], i
 // ---- the copier's work without the accelerator --------------------------------------------------
 
 #if !ACCELERATOR
+// Until the stage that is needed next has arrived; those after it may still be on their way.
+__device__ __forceinline__ void wait_stage(const Tiling& t) { t.ring == 3 ? wait_copies<1>() : wait_copies<2>(); }
+
 #define CHUNK (16 / (int)sizeof(scalar_t))  // elements of one 16-byte copy
 
 // Calls f(position, line, chunk) for every 16-byte chunk of a part of a stage, shared by the weighers.

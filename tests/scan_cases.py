@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gspn2_diffusion.ops.line_scan import DIRECTIONS, line_scan
+from gspn2_diffusion.ops.plans import Plan, Problem, Tile, tiled_plan
 
 # ||out - ref|| / ||ref|| against the float64 reference on the same (rounded) inputs.
 FORWARD_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float64: 1e-12}
@@ -18,6 +19,16 @@ BACKWARD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 
 SHAPES = [(1, 1), (1, 7), (7, 1), (33, 65), (64, 64), (1023, 17), (1100, 40)]
 SUBSETS = [s for n in range(1, 5) for s in itertools.combinations(DIRECTIONS, n)]
 ARGUMENTS = ("x", "weight", "lam", "u")
+
+
+def plan_with_ring(problem: Problem, tile: Tile, normalize: bool, limit: int, ring: int) -> Plan:
+    """A tiled plan with so many stages in shared memory, for which a GPU may need to have less of it."""
+    plan = tiled_plan(problem, tile, normalize, limit)
+    if plan is not None and plan.ring > ring:
+        plan = tiled_plan(problem, tile, normalize, plan.shared_bytes - 1)
+    assert plan is not None
+    assert plan.ring == ring
+    return plan
 
 
 @contextlib.contextmanager

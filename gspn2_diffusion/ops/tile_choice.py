@@ -10,7 +10,17 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from gspn2_diffusion.ops.plans import HELPERS, RUNS, Plan, Problem, Tile, ceil_div, may_merge, tiled_plan
+from gspn2_diffusion.ops.plans import (
+    HELPERS,
+    RUNS,
+    Plan,
+    Problem,
+    Tile,
+    ceil_div,
+    may_merge,
+    resident_blocks,
+    tiled_plan,
+)
 
 # Which tile: the one with the lowest estimated time. Nanoseconds for one line of one wave of blocks, for each
 # of the terms of `cost_terms`, fitted to tiles of 22 shapes measured on an H200 in bfloat16. Clusters of 3, 5
@@ -76,13 +86,7 @@ def cost_terms(problem: Problem, plan: Plan, shared_limit: int, processors: int)
     """
     tile = plan.tile
     assert tile is not None
-    registers = 128 if tile.vec * tile.run >= 12 else 80
-    blocks = min(
-        (shared_limit + 1024) // (plan.shared_bytes + 1024),
-        2048 // plan.threads,
-        65536 // (registers * plan.threads),
-    )
-    blocks = max(1, blocks)
+    blocks = resident_blocks(tile, problem.backward, plan.threads, plan.shared_bytes, shared_limit)
     # Clusters of 3, 5 and 7 were not seen to share multiprocessors with others.
     active = max(1, int(_ACTIVE[tile.cluster] * processors)) * (blocks if tile.cluster in _POWERS else 1)
     times = ceil_div(plan.grid // tile.cluster, active) * problem.chunk_lines

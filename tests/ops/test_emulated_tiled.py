@@ -11,18 +11,19 @@ from scan_cases import (
     directions_outermost,
     ground_truth,
     make_inputs,
+    plan_with_ring,
     relative_error,
 )
 
 from gspn2_diffusion.ops import launches, scan_kernels
 from gspn2_diffusion.ops.line_scan import DIRECTIONS
-from gspn2_diffusion.ops.plans import Problem, Tile, tiled_plan
+from gspn2_diffusion.ops.plans import Problem, Tile
 
 pytestmark = needs_compiler
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CASES = [  # (H, W), C, G, tile, chunk, dtype, options of the inputs
-    # (and "scans": which directions, "by_parts": dW is summed as in large pictures)
+    # ("ring": stages in shared memory, "scans": directions, "by_parts": dW is summed as in large pictures)
     ((14, 9), 32, 2, Tile(4, 1, 16, 1, 0, 4), 5, BF16, {"with_u": False}),
     ((18, 16), 16, 1, Tile(8, 3, 16, 2, 4, 1), 9, BF16, {"normalize": False}),
     ((12, 14), 8, 1, Tile(2, 1, 8, 2, 4, 4), 0, FP32, {}),
@@ -36,6 +37,9 @@ CASES = [  # (H, W), C, G, tile, chunk, dtype, options of the inputs
     ((3, 270), 8, 1, Tile(4, 3, 8, 1, 0, 1), 0, FP32, {"scans": (1, 0)}),  # a line in two boxes
     ((27, 24), 8, 1, Tile(8, 1, 8, 2, 8, 2, merged=True), 0, BF16, {}),
     ((33, 40), 8, 1, Tile(4, 1, 8, 2, 4, 4, merged=True), 0, FP32, {"with_u": False}),
+    ((27, 32), 8, 1, Tile(8, 1, 8, 2, 8, 2, merged=True), 0, BF16, {"ring": 3}),
+    ((24, 16), 32, 2, Tile(4, 1, 16, 2, 8, 1), 9, BF16, {"ring": 3}),
+    ((14, 9), 16, 1, Tile(8, 3, 16, 1, 0, 2), 0, BF16, {"ring": 3}),
 ]
 
 
@@ -51,14 +55,13 @@ def test_tiles(size, channels, groups, tile, chunk, dtype, kind, monkeypatch):
     kind = dict(kind)
     if kind.pop("by_parts", False):
         monkeypatch.setattr(launches, "FINISH_BY_LINES", 0)
-    scans = kind.pop("scans", (0, 1, 2, 3))
+    scans, ring = kind.pop("scans", (0, 1, 2, 3)), kind.pop("ring", 4)
     inputs = make_inputs(1, *size, channels, groups, len(scans), dtype=dtype, **kind)
     normalize = kind.get("normalize", True)
     plans = []
     for backward in (False, True):
         problem = Problem(1, *size, channels, groups, scans, chunk, dtype.itemsize, backward, tile.merged)
-        plans.append(tiled_plan(problem, tile, normalize, SHARED_LIMIT))
-    assert None not in plans
+        plans.append(plan_with_ring(problem, tile, normalize, SHARED_LIMIT, ring))
     x, weight, lam, u = (None if t is None else t.detach() for t in inputs.values())
     dy = torch.randn(lam.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     if tile.merged:

@@ -19,6 +19,7 @@ from gspn2_diffusion.ops.plans import (
     Problem,
     Tile,
     generic_plan,
+    resident_blocks,
     tiled_plan,
 )
 from gspn2_diffusion.ops.tile_choice import choose_tile, estimate, tiles
@@ -205,6 +206,23 @@ def test_a_tile_that_does_not_fit_is_none():
     for changed in ({"slice": 64}, {"halo": 3}, {"stage_lines": 3}, {"cluster": 16}):
         assert tiled_plan(PROBLEM, dataclasses.replace(good, **changed), True, LIMIT) is None, changed
     assert tiled_plan(PROBLEM, good, True, 16 * 1024) is None
+
+
+def test_three_stages_in_shared_memory_where_only_these_or_another_block_fit_then():
+    small = dataclasses.replace(PROBLEM, batch=512, height=16, width=16, channels=96)
+    large = dataclasses.replace(PROBLEM, batch=32, height=74, width=74, channels=64)
+    for problem, tile, limit, ring, blocks in (
+        (small, Tile(8, 1, 48, 1, 0, 4), LIMIT, 3, 3),
+        (small, Tile(8, 1, 48, 1, 0, 2), LIMIT, 4, 3),
+        (small, Tile(8, 1, 48, 1, 0, 4), 100_000, 4, 1),
+        (large, Tile(8, 1, 32, 1, 0, 2), LIMIT, 4, 1),
+        (large, Tile(8, 1, 32, 1, 0, 4), LIMIT, 3, 1),
+    ):
+        plan = tiled_plan(problem, tile, True, limit)
+        assert plan is not None
+        assert plan.ring == ring, tile
+        assert plan.shared_bytes <= limit
+        assert resident_blocks(tile, False, plan.threads, plan.shared_bytes, limit) == blocks
 
 
 def test_too_many_blocks():

@@ -12,6 +12,7 @@ from scan_cases import (
     directions_outermost,
     ground_truth,
     make_inputs,
+    plan_with_ring,
     relative_error,
 )
 
@@ -38,11 +39,11 @@ CASES = [  # (H, W), C, G, tile of elements of two bytes, chunk
     ((310, 318), 16, 1, Tile(8, 1, 16, 16, 8, 2), 0),
     # six and twelve lanes to a position
     ((150, 190), 96, 2, Tile(8, 1, 48, 8, 8, 1), 0),
-    ((40, 33), 48, 1, Tile(4, 1, 48, 2, 8, 2), 0),
+    ((40, 33), 48, 1, Tile(4, 1, 48, 2, 4, 2), 0),
     ((61, 90), 48, 1, Tile(8, 3, 48, 2, 4, 1), 17),
     # the last slice overhangs
     ((64, 64), 280, 1, Tile(8, 1, 32, 1, 0, 2), 0),
-    ((61, 90), 72, 1, Tile(4, 1, 32, 2, 8, 2), 0),
+    ((61, 90), 72, 1, Tile(4, 1, 32, 2, 4, 2), 0),
     ((150, 190), 24, 1, Tile(8, 3, 16, 4, 8, 2), 31),
     ((300, 17), 24, 1, Tile(8, 3, 16, 1, 0, 1), 0),
     ((300, 17), 8, 1, Tile(8, 1, 8, 1, 0, 1), 0),
@@ -50,14 +51,17 @@ CASES = [  # (H, W), C, G, tile of elements of two bytes, chunk
 ]
 MERGED = [  # (H, W), C, tile of elements of two bytes
     ((40, 64), 8, Tile(8, 1, 8, 1, 0, 2, merged=True)),
-    ((61, 96), 16, Tile(4, 1, 16, 2, 8, 4, merged=True)),
+    ((61, 80), 16, Tile(4, 1, 16, 2, 8, 4, merged=True)),
     ((150, 120), 8, Tile(8, 1, 8, 5, 8, 2, merged=True)),
     ((310, 320), 8, Tile(4, 1, 8, 8, 8, 4, merged=True)),
 ]
 
 
-def run_tile(inputs, dy, tile, chunk=0, normalize=True):
-    """``y`` and the gradients of a launch with this tile; the gradients' launch may need a smaller one."""
+def run_tile(inputs, dy, tile, chunk=0, normalize=True, ring=None):
+    """``y`` and the gradients of a launch with this tile; the gradients' launch may need a smaller one.
+
+    ``ring``: stages in shared memory; None for as many as are chosen.
+    """
     x, groups = inputs["x"], inputs["weight"].shape[4]
     tensors = [None if t is None else t.detach() for t in inputs.values()]
     limit = cupy_backend.shared_limit(x.device.index)
@@ -67,7 +71,8 @@ def run_tile(inputs, dy, tile, chunk=0, normalize=True):
         smaller = [tile, *(replace(tile, stage_lines=n) for n in (4, 2, 1) if n < tile.stage_lines)]
         found = [p for p in (tiled_plan(problem, t, normalize, limit) for t in smaller) if p is not None]
         assert found, f"{tile} does not fit {tuple(x.shape)}"
-        plans.append(found[0])
+        smallest = found[0].tile if ring else None
+        plans.append(plan_with_ring(problem, smallest, normalize, limit, ring) if smallest else found[0])
     options = ([0, 1, 2, 3], chunk, normalize)
     y, state = scan_kernels.line_scan_forward(*tensors, *options, True, plan=plans[0])
     kept = y if inputs["u"] is None else state
@@ -84,7 +89,7 @@ def for_dtype(tile, dtype):
     return replace(tile, vec=tile.vec // 2, slice=slices)
 
 
-def assert_tile_matches(size, channels, groups, tile, chunk, dtype, **kind):
+def assert_tile_matches(size, channels, groups, tile, chunk, dtype, ring=None, **kind):
     inputs = make_inputs(2, *size, channels, groups, dtype=dtype, device="cuda", **kind)
     generator = torch.Generator().manual_seed(1)
     dy = torch.randn(2, *size, 4, channels, generator=generator, dtype=torch.float64).to("cuda", dtype)
@@ -94,7 +99,7 @@ def assert_tile_matches(size, channels, groups, tile, chunk, dtype, **kind):
             if inputs[name] is not None:
                 inputs[name] = directions_outermost(inputs[name].detach()).requires_grad_()
         dy = directions_outermost(dy)
-    got = run_tile(inputs, dy, for_dtype(tile, dtype), chunk, normalize)
+    got = run_tile(inputs, dy, for_dtype(tile, dtype), chunk, normalize, ring)
     want = ground_truth(inputs, dy, directions=DIRECTIONS, chunk_size=chunk or None, normalize=normalize)
     for name, value in got.items():
         tolerance = (FORWARD_TOLERANCE if name == "y" else BACKWARD_TOLERANCE)[dtype]
@@ -135,6 +140,15 @@ def test_merged_rows(size, channels, tile, dtype, kind):
     assert_tile_matches(size, channels, 1, tile, 0, dtype, **kind)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("size", "channels", "groups", "tile", "chunk"), [*CASES[:12:2], *CASES[13:15]])
+def test_three_stages_in_shared_memory(size, channels, groups, tile, chunk, dtype):
+    """As where another block fits a multiprocessor then."""
+    if tile.cluster not in cupy_backend.clusters(0):
+        pytest.skip("this GPU has no clusters")
+    assert_tile_matches(size, channels, groups, tile, chunk, dtype, ring=3)
+
+
 @pytest.mark.parametrize("kind", [{"with_u": False}, {"normalize": False}])
 @pytest.mark.parametrize(("size", "channels", "groups", "tile", "chunk"), CASES[1:12:4])
 def test_options(size, channels, groups, tile, chunk, kind):
@@ -146,7 +160,8 @@ def test_options(size, channels, groups, tile, chunk, kind):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", [{}, {"with_u": False}])
 @pytest.mark.parametrize(("size", "channels", "groups", "tile", "chunk"), [*CASES[:6], *CASES[-2:]])
-def test_without_the_accelerator(size, channels, groups, tile, chunk, kind, dtype, monkeypatch):
+@pytest.mark.parametrize("ring", [None, 3])
+def test_without_the_accelerator(size, channels, groups, tile, chunk, kind, dtype, ring, monkeypatch):
     """The copies that older GPUs make."""
     source = cupy_backend.kernel_source
     monkeypatch.setattr(cupy_backend, "kernel_source", lambda *v: "#define ACCELERATOR 0\n" + source(*v))
