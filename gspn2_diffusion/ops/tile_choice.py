@@ -23,36 +23,58 @@ from gspn2_diffusion.ops.plans import (
 )
 
 # Which tile: the one with the lowest estimated time. Nanoseconds for one line of one wave of blocks, for each
-# of the terms of `cost_terms`, fitted to tiles of 22 shapes measured on an H200 in bfloat16. Clusters of 3, 5
-# and 7 were measured beside other work where the pass is backward and there are 512 lines or more, which made
-# them slower than they are. benchmarks/tiles.py measures and fits again.
+# of the terms of `cost_terms`, chosen so that the tiles they lead to are as quick as they can be, at 23
+# shapes of which most tiles were measured on an H200 in bfloat16 (benchmarks/tiles.py).
 _COST = {
-    False: (65.0, 217.0, 560.0, 104.0, 157.0, 12.8, 43.0),
-    True: (297.0, 337.0, 895.0, 84.0, 86.3, 28.4, 309.0),
+    False: (2.3, 94.2, 443.0, 163.8, 168.4, 15.9, 10.6),
+    True: (611.4, 318.5, 68.7, 101.9, 182.3, 4.8, 66.0),
 }
-# Clusters of a size that are active at once, as a share of the multiprocessors: larger ones leave some idle.
-# Those of 3, 5 and 7 were fitted by the choices that they lead to.
-_ACTIVE = {1: 1.0, 2: 0.5, 3: 0.28, 4: 0.235, 5: 0.17, 7: 0.1, 8: 0.107, 16: 0.054}
-_POWERS = (1, 2, 4, 8, 16)
-# Blocks with more positions take longer than estimated, by so much (forward, backward): (1, 512, 512, 128)
-# forward 0.54 ms in 3 blocks of 171, 0.41 in 5; (1, 2048, 2048, 48) backward 12.1 ms in 8 of 256, 9.3 in 16.
-_MANY_POSITIONS, _TOO_MANY = 128, (1.15, 2.0)
+# A cluster stays within a group of multiprocessors. 132 of them as seven groups of 18 and one of 6 have as
+# many clusters active at once as were found: 7 of 16 blocks, 14 of 8, 22 of 5.
+_GROUP = 18
+_SCHEDULERS = 4  # of a multiprocessor
+# Backward, blocks with more positions take longer than estimated: (1, 2048, 2048, 48) 12.1 ms in 8 blocks of
+# 256, 9.3 in 16.
+_MANY_POSITIONS, _TOO_MANY = 128, 1.48
 # Forward, threads with 16 bytes take less than estimated where blocks have whole lines and fill most of the
 # GPU: (1, 64, 64, 768) and (32, 32, 32, 192) 4 and 5%, but (1, 64, 64, 32) nothing.
-_WIDE_VECTORS, _FULL = 0.95, 0.7
-# Otherwise much alike, but forward in clusters (1, 135, 240, 144) takes 0.094 instead of 0.101 ms
-# with 16 bytes, backward (1, 64, 64, 768) 0.082 instead of 0.087 in whole lines of 32 channels.
-_ALIKE = 0.99  # not in clusters of 16: (1, 128, 128, 32) 0.050 instead of 0.045 ms
+_WIDE_VECTORS, _FULL = 0.96, 0.7
+# Otherwise much alike forward, but in clusters (1, 135, 240, 144) takes 0.094 instead of 0.101 ms with 16
+# bytes; not in those of 16: (1, 128, 128, 32) 0.050 instead of 0.045. Backward (1, 64, 64, 768) 0.082 instead
+# of 0.087 in whole lines of 32 channels.
+_ALIKE = (0.994, 0.937)
 # Slices of 48 channels (six chunks). Forward in stages of several lines they take less than estimated:
 # (1, 256, 256, 144) 0.130 ms, slices of 16 0.149; but (1, 128, 128, 144) 0.058 and 0.051. Backward their
 # three or six lanes take more shuffles to sum, which gains only where scattered rows of 32 bytes cost most:
 # (1, 512, 512, 144) 1.10 instead of 1.40 ms, (1, 1024, 1024, 144) 4.8 instead of 7.0, (1, 1024, 1024, 48)
 # 1.83 instead of 2.5, but (1, 512, 512, 48) 0.69 instead of 0.52; or where few blocks have whole lines:
 # (1, 64, 64, 1152) 0.115 instead of 0.122, but (32, 32, 32, 192) 0.152 instead of 0.147.
-_SIX_TOGETHER, _LINES_TOGETHER, _LINES_OF_SIX = 0.9, 256, 512
+_SIX_TOGETHER, _LINES_TOGETHER, _LINES_OF_SIX = 0.854, 256, 512
 # Backward, slices of one row that several blocks share drift apart by the lines in flight, and the L2 loses
 # the row: from so many lines on in stages of one line.
 _LINES_OF_ONE = 1024
+# Where the estimate errs by 4% and more: tiles that were the quickest there, on an H200 in bfloat16.
+MEASURED = {
+    False: {  # (B, H, W, C): tile  ms, instead of what the estimate leads to
+        (8, 256, 256, 64): Tile(8, 3, 64, 3, 4, 1),  # 0.344, 0.401
+        (1, 512, 512, 128): Tile(8, 1, 32, 5, 8, 2),  # 0.385, 0.423
+        (1, 512, 512, 144): Tile(8, 1, 48, 7, 4, 2),  # 0.440, 0.573
+        (1, 1024, 1024, 144): Tile(8, 1, 48, 16, 4, 1),  # 2.11, 2.23
+        (1, 2048, 2048, 48): Tile(8, 3, 48, 16, 8, 1),  # 3.29; (8, 1, 16, 8, 8, 1) from 3.1 to 5.0
+        (1, 128, 128, 32): Tile(4, 1, 8, 4, 8, 4),  # 0.0410, 0.0451
+    },
+    True: {
+        (8, 256, 256, 64): Tile(8, 1, 64, 5, 4, 1),  # 0.942, 1.066
+        (16, 1024, 1024, 8): Tile(4, 1, 8, 5, 8, 2, merged=True),  # 4.96, 5.18
+        (32, 74, 74, 64): Tile(8, 1, 64, 2, 4, 2),  # 0.260, 0.270
+        (1, 128, 128, 32): Tile(4, 1, 16, 8, 8, 4),  # 0.0963, 0.1021
+        (1, 256, 256, 64): Tile(4, 1, 16, 5, 8, 4),  # 0.227, 0.258
+        (1, 256, 256, 144): Tile(8, 1, 16, 3, 4, 4),  # 0.302, 0.361
+        (1, 2048, 2048, 48): Tile(8, 1, 16, 16, 4, 1),  # 10.1, 10.5
+        (1, 4096, 4096, 48): Tile(8, 3, 16, 16, 4, 1),  # 48.4, 50.4
+    },
+}
+_MEASURED_ON = 132  # multiprocessors
 
 
 _CHUNKS = (1, 2, 4, 8, 6)  # of 16 bytes in a row; those of 48 bytes straddle the sectors of memory
@@ -81,16 +103,18 @@ def cost_terms(problem: Problem, plan: Plan, shared_limit: int, processors: int)
 
     1. the dependent instructions of a line, 2. what a stage costs beside its lines, 3. the barrier of a
     cluster, 4. what a cluster costs at every line; and times the blocks on a multiprocessor: 5. the
-    elements of a line in thousands, 6. its rows in hundreds, of which the accelerator copies one of less
+    elements of a line in thousands (backward with those of idle threads, as if every scheduler had as many
+    warps as the one with most), 6. its rows in hundreds, of which the accelerator copies one of less
     than 64 bytes no faster, 7. warps whose threads have several positions.
     """
     tile = plan.tile
     assert tile is not None
     blocks = resident_blocks(tile, problem.backward, plan.threads, plan.shared_bytes, shared_limit)
-    # Clusters of 3, 5 and 7 were not seen to share multiprocessors with others.
-    active = max(1, int(_ACTIVE[tile.cluster] * processors)) * (blocks if tile.cluster in _POWERS else 1)
+    groups, rest = divmod(processors, _GROUP)
+    active = max(1, groups * (_GROUP * blocks // tile.cluster) + rest * blocks // tile.cluster)
     times = ceil_div(plan.grid // tile.cluster, active) * problem.chunk_lines
-    together = times * min(blocks, ceil_div(plan.grid, processors))
+    on_one = min(blocks, ceil_div(plan.grid, processors))
+    together = times * on_one
     width = max(plan.widths)
     extended = width + 2 * tile.halo
     row = tile.slice * problem.itemsize
@@ -98,12 +122,16 @@ def cost_terms(problem: Problem, plan: Plan, shared_limit: int, processors: int)
     short = max(1.0, 64 / row)
     if tile.merged:  # half of the scans are over rows, half over columns
         short = (row / 128 + max(1.0, 64 / (row * tile.stage_lines)) / tile.stage_lines) / 2
+    elements = together * extended * tile.slice
+    if problem.backward:
+        warps = ceil_div(on_one * (plan.threads - HELPERS) // 32, _SCHEDULERS) * _SCHEDULERS
+        elements = times * warps * 32 * tile.vec * tile.run
     return (
         times,
         times / tile.stage_lines,
         times / tile.halo if tile.halo else 0.0,
         times if tile.halo else 0.0,
-        together * extended * tile.slice / 1000,
+        elements / 1000,
         together * rows / 100 * short,
         together * (plan.threads - HELPERS) / 32 if tile.run > 1 else 0.0,
     )
@@ -116,14 +144,14 @@ def estimate(problem: Problem, plan: Plan, shared_limit: int, processors: int) -
         return math.inf
     terms = cost_terms(problem, plan, shared_limit, processors)
     time = sum(c * t for c, t in zip(_COST[problem.backward], terms, strict=True))
-    if max(plan.widths) > _MANY_POSITIONS:
-        time *= _TOO_MANY[problem.backward]
     tile, forward = plan.tile, not problem.backward
+    if problem.backward and max(plan.widths) > _MANY_POSITIONS:
+        time *= _TOO_MANY
     if tile.run == 1 and tile.vec * problem.itemsize == 16:
         if forward and tile.cluster == 1 and plan.grid > _FULL * processors:
             time *= _WIDE_VECTORS
         elif 1 < tile.cluster <= 8 if forward else tile.cluster == 1 and tile.slice >= 32:
-            time *= _ALIKE
+            time *= _ALIKE[problem.backward]
     large = min(problem.height, problem.width) >= _LINES_TOGETHER
     if forward and large and tile.cluster > 1 and tile.stage_lines > 1 and _of_six(tile):
         time *= _SIX_TOGETHER
@@ -143,7 +171,9 @@ def known_to_be_poor(problem: Problem, tile: Tile, crowded: bool) -> bool:
     """
     if _of_six(tile):
         few = min(problem.height, problem.width) < _LINES_OF_SIX
-        if tile.halo > 4 and (problem.backward or not few):  # (1, 512, 512, 144) forward 0.56 ms, with 4 0.44
+        if (
+            tile.halo > 4 and tile.run == 1 and (problem.backward or not few)
+        ):  # (1, 512, 512, 144) forward 0.56 ms, with 4 0.44
             return True
         most = 2 * tile.slice > problem.channels and problem.lines < _LINES_OF_ONE
         if problem.backward and (few or most) and (tile.cluster > 1 or crowded):
@@ -152,8 +182,24 @@ def known_to_be_poor(problem: Problem, tile: Tile, crowded: bool) -> bool:
     return problem.backward and shared and tile.stage_lines > 1
 
 
+def measured_tile(problem: Problem, clusters: Sequence[int], processors: int) -> Tile | None:
+    """What was found to be quicker than the estimate's tile, on a GPU as this one."""
+    alike = (
+        problem.groups == 1 and problem.itemsize == 2 and not problem.chunk and len(problem.directions) == 4
+    )
+    shape = (problem.batch, problem.height, problem.width, problem.channels)
+    tile = MEASURED[problem.backward].get(shape) if alike and processors == _MEASURED_ON else None
+    return tile if tile is not None and tile.cluster in clusters else None
+
+
 def choose_tile(problem: Problem, clusters: Sequence[int], shared_limit: int, processors: int) -> Tile | None:
-    """The tile with the lowest :func:`estimate`, or None where no tiled kernel fits."""
+    """The quickest tile that was measured, or that with the lowest :func:`estimate`.
+
+    None where no tiled kernel fits.
+    """
+    measured = measured_tile(problem, clusters, processors)
+    if measured is not None and tiled_plan(problem, measured, True, shared_limit) is not None:
+        return measured
     best, best_time = None, math.inf
     for tile in tiles(problem, clusters):
         plan = tiled_plan(problem, tile, True, shared_limit)

@@ -22,7 +22,7 @@ from gspn2_diffusion.ops.plans import (
     resident_blocks,
     tiled_plan,
 )
-from gspn2_diffusion.ops.tile_choice import choose_tile, estimate, tiles
+from gspn2_diffusion.ops.tile_choice import MEASURED, choose_tile, estimate, measured_tile, tiles
 
 LIMIT, PROCESSORS, CLUSTERS = 227 * 1024, 132, (1, 2, 3, 4, 5, 7, 8, 16)
 PROBLEM = Problem(2, 96, 160, 96, 1, (0, 1, 2, 3), 0, 2, False)
@@ -102,6 +102,32 @@ def test_the_chosen_tile_is_the_cheapest(problem):
         if (plan := tiled_plan(problem, tile, True, LIMIT)) is not None
     }
     assert times[chosen] == min(times.values()) > 0
+
+
+def test_measured_tiles_are_for_what_was_measured():
+    measured = [
+        (
+            dataclasses.replace(
+                PROBLEM,
+                **dict(zip(("batch", "height", "width", "channels"), shape, strict=True)),
+                backward=backward,
+                touching=tile.merged,
+            ),
+            tile,
+        )
+        for backward, found in MEASURED.items()
+        for shape, tile in found.items()
+    ]
+    assert len(measured) > 10
+    for problem, tile in measured:
+        plan = tiled_plan(problem, tile, True, LIMIT)
+        assert plan is not None
+        assert math.isfinite(estimate(problem, plan, LIMIT, PROCESSORS))
+        assert choose_tile(problem, CLUSTERS, LIMIT, PROCESSORS) == tile
+        assert measured_tile(problem, CLUSTERS, PROCESSORS + 2) is None
+        assert measured_tile(problem, (1,), PROCESSORS) is None
+        for changed in ({"groups": 2}, {"chunk": 16}, {"directions": (0, 1)}, {"itemsize": 4}, {"batch": 3}):
+            assert measured_tile(dataclasses.replace(problem, **changed), CLUSTERS, PROCESSORS) is None
 
 
 @pytest.mark.parametrize(
