@@ -222,6 +222,13 @@ __device__ __forceinline__ void send_floats(unsigned to, unsigned barrier, float
 struct __align__(64) Map { int64 opaque[16]; };
 
 #if __CUDA_ARCH__ >= 900
+// True in one thread of a warp, always the same. The compiler knows that it is one, as it does not of `lane == 0`, and so
+// gives the accelerator its operands without a loop over the threads that could be there.
+__device__ __forceinline__ bool elected() {
+  unsigned yes;
+  asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.b32 %0, 1, 0, p; }" : "=r"(yes));
+  return yes;
+}
 // Lets the accelerator use barriers that this thread has made.
 __device__ __forceinline__ void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

@@ -66,8 +66,8 @@ struct Copier {
     for (int n = 0; n < a.tiling.ring; ++n) start_barrier(m.barriers + n);
     publish_barriers();
   }
-  __device__ void fetch(int stage, int) const {
-    const int step = stage * capacity, slot = slot_of(a.tiling, stage);
+  __device__ void fetch(int stage, int slot, int) const {
+    const int step = stage * capacity;
     if (step >= total) return;
     const int boxes = boxes_of(a.tiling), kind = k.direction >> 1, low = lowest(step);
     const Corner wide(k, slice, k.start - k.halo, low), narrow(k, slice, k.start, low);
@@ -87,38 +87,44 @@ struct Copier {
     const int line = k.end - 1 - step;
     return k.direction & 1 ? k.lines - 1 - line : line - capacity + 1;
   }
-  __device__ void store(int stage, int) const {
-    const int step = stage * capacity, steps = min(capacity, total - step), slot = slot_of(a.tiling, stage);
+  // Of `count` steps of a stage from the j-th on, the lowest line's place in shared memory.
+  __device__ int lowest_of(int count, int j) const { return k.direction & 1 ? j : capacity - count - j; }
+  __device__ void store(int stage, int slot, int) const {
+    const int step = stage * capacity, steps = min(capacity, total - step);
     const int boxes = boxes_of(a.tiling), kind = k.direction >> 1;
-    const bool backwards = k.direction & 1;
-    const int first = k.start / k.together;
-    for (int j = 0; j < steps && !k.across; ++j) {
-      const int line = k.end - 1 - step - j, row = backwards ? k.lines - 1 - line : line;
-      const int place = backwards ? j : capacity - 1 - j;
+    const int first = k.start >> k.together, low = lowest(step);
+    const scalar_t *const dlam = m.x + slot * m.narrow.elements, *const dx = m.lam + slot * m.narrow.elements;
+    const scalar_t* const du = m.dy + slot * m.wide.elements;
+    // From one store to the next: lines of du have the halo between them.
+    const int next = a.tiling.whole ? capacity : 1, next_du = k.halo > 0 ? 1 : next;
+#pragma unroll 1
+    for (int j = 0; j < steps && !k.across; j += next) {
+      const int place = lowest_of(next, j);
+#pragma unroll 1
       for (int n = 0; n < boxes; ++n) {
-        const int from = slot * m.narrow.elements + n * m.narrow.box_elements + place * m.narrow.box_positions * slice;
+        const int from = n * m.narrow.box_elements + place * m.narrow.box_positions * slice;
         const int position = first + n * m.narrow.box_positions;
-        if (a.dlam) store_box(a.dlam_map[kind], k.channel, position, row, k.slot, k.batch, m.x + from);
-        if (a.dx) store_box(a.dx_map[kind], k.channel, position, row, k.slot, k.batch, m.lam + from);
+        if (a.dlam) store_box(a.dlam_map[kind], k.channel, position, low + place, k.slot, k.batch, dlam + from);
+        if (a.dx) store_box(a.dx_map[kind], k.channel, position, low + place, k.slot, k.batch, dx + from);
       }
-      if (a.du && boxes == 1)
-        store_box(a.du_map[kind], k.channel, first, row, k.slot, k.batch,
-                  m.dy + slot * m.wide.elements + (place * m.wide.box_positions + k.halo) * slice);
     }
-    if (k.across) {  // all lines leave at once
-      const int channel = lowest(step) * slice, from = slot * m.narrow.elements;
-      if (a.dlam) store_box(a.dlam_map[kind], channel, first, 0, k.slot, k.batch, m.x + from);
-      if (a.dx) store_box(a.dx_map[kind], channel, first, 0, k.slot, k.batch, m.lam + from);
-      if (a.du)
-        store_box(a.du_map[kind], channel, first, 0, k.slot, k.batch,
-                  m.dy + slot * m.wide.elements + k.halo * capacity * slice);
+#pragma unroll 1
+    for (int j = 0; j < steps && a.du && boxes == 1 && !k.across; j += next_du) {
+      const int place = lowest_of(next_du, j);
+      store_box(a.du_map[kind], k.channel, first, low + place, k.slot, k.batch,
+                du + (place * m.wide.box_positions + k.halo) * slice);
+    }
+    if (k.across) {
+      if (a.dlam) store_box(a.dlam_map[kind], low * slice, first, 0, k.slot, k.batch, dlam);
+      if (a.dx) store_box(a.dx_map[kind], low * slice, first, 0, k.slot, k.batch, dx);
+      if (a.du) store_box(a.du_map[kind], low * slice, first, 0, k.slot, k.batch, du + k.halo * capacity * slice);
     }
     commit_stores();
     wait_stores();
   }
 #else
-  __device__ void fetch(int stage, int thread) const {
-    const int step = stage * capacity, steps = min(capacity, total - step), slot = slot_of(a.tiling, stage);
+  __device__ void fetch(int stage, int slot, int thread) const {
+    const int step = stage * capacity, steps = min(capacity, total - step);
     if (steps > 0) {
       const auto copy = [&](const scalar_t* to, const scalar_t* from, int64 base, int64 row, int64 column, int first, int count,
                             int shift) {
@@ -135,8 +141,8 @@ struct Copier {
     }
     commit_copies();
   }
-  __device__ void store(int stage, int thread) const {
-    const int step = stage * capacity, steps = min(capacity, total - step), slot = slot_of(a.tiling, stage);
+  __device__ void store(int stage, int slot, int thread) const {
+    const int step = stage * capacity, steps = min(capacity, total - step);
     const int64 image = k.batch * a.tiling.height * a.tiling.width, pixels = a.tiling.batch * a.tiling.height * a.tiling.width;
     const View out = reversed(view_along(k.direction, k.lines, k.batch * a.o_b + k.slot * a.o_d + k.channel, a.o_h, a.o_w), k.end);
     const View dx = reversed(view_along(k.direction, k.lines, (k.slot * pixels + image) * a.tiling.channels + k.channel,
@@ -204,8 +210,9 @@ __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k,
   };
 #if !ACCELERATOR
   const Copier copier(a, k, m);
+  const int ring = (int)a.tiling.ring;
 #pragma unroll 1
-  for (int stage = 0; stage < (int)a.tiling.ring - 1; ++stage) copier.fetch(stage, thread);
+  for (int stage = 0; stage < ring - 1; ++stage) copier.fetch(stage, stage, thread);
   wait_stage(a.tiling);
 #endif
   weigher.fetch(1, total);
@@ -215,8 +222,9 @@ __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k,
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
 #if !ACCELERATOR
-    if (stage > 0) copier.store(stage - 1, thread);
-    copier.fetch(stage + (int)a.tiling.ring - 1, thread);
+    const int before = (stage + ring - 1) % ring;
+    if (stage > 0) copier.store(stage - 1, before, thread);
+    copier.fetch(stage + ring - 1, before, thread);
     wait_stage(a.tiling);
 #endif
     weigh(stage + 1);
@@ -224,34 +232,39 @@ __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k,
     __syncthreads();
   }
 #if !ACCELERATOR
-  copier.store(stages - 1, thread);
+  copier.store(stages - 1, (stages - 1) % ring, thread);
 #endif
 }
 
 template <int CLUSTER>
-__device__ __forceinline__ void copy_stages(const Parameters& a, const Tile& k, const Memory& m, int lane, int stages) {
+__device__ __forceinline__ void copy_stages(const Parameters& a, const Tile& k, const Memory& m, int stages) {
   const Copier copier(a, k, m);
 #if ACCELERATOR
-  if (lane == 0) {
+  if (elected()) {
     copier.start();
-    for (int stage = 0; stage < a.tiling.ring; ++stage) copier.fetch(stage, 0);
+#pragma unroll 1
+    for (int stage = 0; stage < a.tiling.ring; ++stage) copier.fetch(stage, stage, 0);
   }
   __syncwarp();
+  Slot before;  // of the stage before
 #endif
   cluster_barrier<CLUSTER>();
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
 #if ACCELERATOR
-    if (lane == 0 && stage > 0) {
-      copier.store(stage - 1, 0);
-      copier.fetch(stage - 1 + (int)a.tiling.ring, 0);
+    if (stage > 0) {
+      if (elected()) {
+        copier.store(stage - 1, before.index, 0);
+        copier.fetch(stage - 1 + (int)a.tiling.ring, before.index, 0);
+      }
+      before.next(a.tiling);
     }
     __syncwarp();
 #endif
     __syncthreads();
   }
 #if ACCELERATOR
-  if (lane == 0) copier.store(stages - 1, 0);
+  if (elected()) copier.store(stages - 1, before.index, 0);
 #endif
 }
 
@@ -305,15 +318,16 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
   if (CLUSTER > 1 && thread == 0) exchange.setup();
   cluster_barrier<CLUSTER>();
 
+  Slot slot;
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
-    const int steps = min(capacity, total - stage * capacity), slot = slot_of(a.tiling, stage);
+    const int steps = min(capacity, total - stage * capacity);
 #if ACCELERATOR
-    wait_barrier(m.barriers + slot, phase_of(a.tiling, stage));
+    wait_barrier(m.barriers + slot.index, slot.phase);
 #endif
-    scalar_t* dy = m.dy + slot * m.wide.elements + first_line * wide_line;
-    scalar_t* x = m.x + slot * m.narrow.elements + first_line * narrow_line;
-    const scalar_t* h = m.h + slot * m.around.elements + first_line * around_line;
+    scalar_t* dy = m.dy + slot.index * m.wide.elements + first_line * wide_line;
+    scalar_t* x = m.x + slot.index * m.narrow.elements + first_line * narrow_line;
+    const scalar_t* h = m.h + slot.index * m.around.elements + first_line * around_line;
     const float4* weights = m.weights + (stage & 1) * capacity * (int)t.weight_pitch + at.first;
     Line next;
     next.load_from(dy, a.u ? dy + u_after_dy : nullptr, weights, at_wide, at.first, readable, hidden, wants_du, du,
@@ -396,6 +410,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
                      out.position);
       consumer_barrier(consumers);
     }
+    slot.next(a.tiling);
     publish_results();
     __syncthreads();
   }
@@ -413,11 +428,11 @@ template <int CLUSTER> __device__ __forceinline__ void line_scan(const Parameter
   } else if (thread < consumers + WEIGHERS) {
     weigh_stages<CLUSTER>(a, k, m, thread - consumers, stages);
   } else {
-    copy_stages<CLUSTER>(a, k, m, thread - consumers - WEIGHERS, stages);
+    copy_stages<CLUSTER>(a, k, m, stages);
   }
 }
 
 #define KERNEL line_scan_backward_tiled
-// In clusters 80 or 128 registers would not do: some would be spilled.
-#define KERNEL_THREADS (BLOCKS == 1 ? THREADS : RUN == 1 ? 640 : 384)
+// 80 registers; with three positions a thread 128, or 168 in clusters, where some would be spilled otherwise.
+#define KERNEL_THREADS (RUN == 1 ? 736 : BLOCKS == 1 ? 512 : 384)
 #include "entries.cuh"

@@ -51,8 +51,8 @@ struct Copier {
     for (int n = 0; n < a.tiling.ring; ++n) start_barrier(m.barriers + n);
     publish_barriers();
   }
-  __device__ void fetch(int stage, int) const {
-    const int line = k.begin + stage * capacity, slot = slot_of(a.tiling, stage);
+  __device__ void fetch(int stage, int slot, int) const {
+    const int line = k.begin + stage * capacity;
     if (line >= k.end) return;
     const int boxes = boxes_of(a.tiling), kind = k.direction >> 1, low = lowest(line);
     const Corner wide(k, slice, k.start - k.halo, low), narrow(k, slice, k.start, low);
@@ -65,33 +65,39 @@ struct Copier {
   }
   // Of the lines of a stage that begins at `line`, the lowest one in memory.
   __device__ int lowest(int line) const { return k.direction & 1 ? k.lines - line - capacity : line; }
-  __device__ void store(int stage, int) const {
-    const int line = k.begin + stage * capacity, lines = min(capacity, k.end - line), slot = slot_of(a.tiling, stage);
+  // Of `step` lines of a stage from the j-th on, the lowest one's place in shared memory.
+  __device__ int lowest_of(int step, int j) const { return k.direction & 1 ? capacity - step - j : j; }
+  __device__ void store(int stage, int slot, int) const {
+    const int line = k.begin + stage * capacity, lines = min(capacity, k.end - line);
     const int boxes = boxes_of(a.tiling), kind = k.direction >> 1;
-    const bool backwards = k.direction & 1;
-    const int first = k.start / k.together;
-    for (int j = 0; j < lines && !k.across; ++j) {
-      const int row = backwards ? k.lines - 1 - line - j : line + j, place = backwards ? capacity - 1 - j : j;
+    const int first = k.start >> k.together, low = lowest(line);
+    const scalar_t *const y = m.u + slot * m.narrow.elements, *const h = m.x + slot * m.wide.elements;
+    // From one store to the next: states have the halo between their lines.
+    const int step = a.tiling.whole ? capacity : 1, state_step = k.halo > 0 ? 1 : step;
+#pragma unroll 1
+    for (int j = 0; j < lines && !k.across; j += step) {
+      const int place = lowest_of(step, j);
+#pragma unroll 1
       for (int n = 0; n < boxes; ++n)
-        store_box(a.y_map[kind], k.channel, first + n * m.narrow.box_positions, row, k.slot, k.batch,
-                  m.u + slot * m.narrow.elements + n * m.narrow.box_elements + place * m.narrow.box_positions * slice);
-      if (a.state && boxes == 1)
-        store_box(a.state_map[kind], k.channel, first, row, k.slot, k.batch,
-                  m.x + slot * m.wide.elements + (place * m.wide.box_positions + k.halo) * slice);
+        store_box(a.y_map[kind], k.channel, first + n * m.narrow.box_positions, low + place, k.slot, k.batch,
+                  y + n * m.narrow.box_elements + place * m.narrow.box_positions * slice);
     }
-    if (k.across) {  // all lines leave at once
-      const int channel = lowest(line) * slice;
-      store_box(a.y_map[kind], channel, first, 0, k.slot, k.batch, m.u + slot * m.narrow.elements);
-      if (a.state)
-        store_box(a.state_map[kind], channel, first, 0, k.slot, k.batch,
-                  m.x + slot * m.wide.elements + k.halo * capacity * slice);
+#pragma unroll 1
+    for (int j = 0; j < lines && a.state && boxes == 1 && !k.across; j += state_step) {
+      const int place = lowest_of(state_step, j);
+      store_box(a.state_map[kind], k.channel, first, low + place, k.slot, k.batch,
+                h + (place * m.wide.box_positions + k.halo) * slice);
+    }
+    if (k.across) {
+      store_box(a.y_map[kind], low * slice, first, 0, k.slot, k.batch, y);
+      if (a.state) store_box(a.state_map[kind], low * slice, first, 0, k.slot, k.batch, h + k.halo * capacity * slice);
     }
     commit_stores();
     wait_stores();
   }
 #else
-  __device__ void fetch(int stage, int thread) const {
-    const int line = k.begin + stage * capacity, lines = min(capacity, k.end - line), slot = slot_of(a.tiling, stage);
+  __device__ void fetch(int stage, int slot, int thread) const {
+    const int line = k.begin + stage * capacity, lines = min(capacity, k.end - line);
     const int left = k.start - k.halo;
     if (lines > 0) {
       const View x = view_along(k.direction, k.lines, k.batch * a.x_b + k.channel, a.x_h, a.x_w);
@@ -104,8 +110,8 @@ struct Copier {
     }
     commit_copies();
   }
-  __device__ void store(int stage, int thread) const {
-    const int line = k.begin + stage * capacity, lines = min(capacity, k.end - line), slot = slot_of(a.tiling, stage);
+  __device__ void store(int stage, int slot, int thread) const {
+    const int line = k.begin + stage * capacity, lines = min(capacity, k.end - line);
     const View y = view_along(k.direction, k.lines, base, a.y_h, a.y_w);
     store_lines(thread, a.y, y, line, lines, k.start, k.own, slice, m.u + slot * m.narrow.elements, k.width);
     if (a.state)
@@ -158,8 +164,9 @@ __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k,
   };
 #if !ACCELERATOR
   const Copier copier(a, k, m);
+  const int ring = (int)a.tiling.ring;
 #pragma unroll 1
-  for (int stage = 0; stage < (int)a.tiling.ring - 1; ++stage) copier.fetch(stage, thread);
+  for (int stage = 0; stage < ring - 1; ++stage) copier.fetch(stage, stage, thread);
   wait_stage(a.tiling);
 #endif
   weigher.fetch(1, total);
@@ -169,8 +176,9 @@ __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k,
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
 #if !ACCELERATOR
-    if (stage > 0) copier.store(stage - 1, thread);
-    copier.fetch(stage + (int)a.tiling.ring - 1, thread);
+    const int before = (stage + ring - 1) % ring;
+    if (stage > 0) copier.store(stage - 1, before, thread);
+    copier.fetch(stage + ring - 1, before, thread);
     wait_stage(a.tiling);
 #endif
     weigh(stage + 1);
@@ -178,35 +186,40 @@ __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k,
     __syncthreads();
   }
 #if !ACCELERATOR
-  copier.store(stages - 1, thread);
+  copier.store(stages - 1, (stages - 1) % ring, thread);
 #endif
 }
 
 template <int CLUSTER>
-__device__ __forceinline__ void copy_stages(const Parameters& a, const Tile& k, const Memory& m, int lane, int stages) {
+__device__ __forceinline__ void copy_stages(const Parameters& a, const Tile& k, const Memory& m, int stages) {
   const Copier copier(a, k, m);
   const int capacity = (int)a.tiling.stage_lines, total = k.end - k.begin;
 #if ACCELERATOR
-  if (lane == 0) {
+  if (elected()) {
     copier.start();
-    for (int stage = 0; stage < a.tiling.ring; ++stage) copier.fetch(stage, 0);
+#pragma unroll 1
+    for (int stage = 0; stage < a.tiling.ring; ++stage) copier.fetch(stage, stage, 0);
   }
   __syncwarp();
+  Slot before;  // of the stage before
 #endif
   cluster_barrier<CLUSTER>();
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
 #if ACCELERATOR
-    if (lane == 0 && stage > 0) {
-      copier.store(stage - 1, 0);
-      copier.fetch(stage - 1 + (int)a.tiling.ring, 0);
+    if (stage > 0) {
+      if (elected()) {
+        copier.store(stage - 1, before.index, 0);
+        copier.fetch(stage - 1 + (int)a.tiling.ring, before.index, 0);
+      }
+      before.next(a.tiling);
     }
     __syncwarp();
 #endif
     __syncthreads();
   }
 #if ACCELERATOR
-  if (lane == 0) copier.store(stages - 1, 0);
+  if (elected()) copier.store(stages - 1, before.index, 0);
 #endif
 }
 
@@ -248,14 +261,15 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
   if (CLUSTER > 1 && thread == 0) exchange.setup();
   cluster_barrier<CLUSTER>();
 
+  Slot slot;
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
-    const int lines = min(capacity, k.end - k.begin - stage * capacity), slot = slot_of(a.tiling, stage);
+    const int lines = min(capacity, k.end - k.begin - stage * capacity);
 #if ACCELERATOR
-    wait_barrier(m.barriers + slot, phase_of(a.tiling, stage));
+    wait_barrier(m.barriers + slot.index, slot.phase);
 #endif
-    scalar_t* x = m.x + slot * m.wide.elements + first_line * wide_line;
-    scalar_t* u = m.u + slot * m.narrow.elements + first_line * narrow_line;
+    scalar_t* x = m.x + slot.index * m.wide.elements + first_line * wide_line;
+    scalar_t* u = m.u + slot.index * m.narrow.elements + first_line * narrow_line;
     const float4* weights = m.weights + (stage & 1) * capacity * (int)a.tiling.weight_pitch + at.first;
     Line next;
     next.load_from(x, x + lam_after_x, a.u ? u : nullptr, weights, at_wide, at_narrow, own, at.first, readable);
@@ -292,6 +306,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
       next.load_from(x, x + lam_after_x, a.u ? u : nullptr, weights, at_wide, at_narrow, own, at.first, readable);
       consumer_barrier(consumers);
     }
+    slot.next(a.tiling);
     publish_results();
     __syncthreads();
   }
@@ -309,10 +324,10 @@ template <int CLUSTER> __device__ __forceinline__ void line_scan(const Parameter
   } else if (thread < consumers + WEIGHERS) {
     weigh_stages<CLUSTER>(a, k, m, thread - consumers, stages);
   } else {
-    copy_stages<CLUSTER>(a, k, m, thread - consumers - WEIGHERS, stages);
+    copy_stages<CLUSTER>(a, k, m, stages);
   }
 }
 
 #define KERNEL line_scan_forward_tiled
-#define KERNEL_THREADS THREADS
+#define KERNEL_THREADS (RUN > 1 ? 512 : 1024)  // 128 or 64 registers
 #include "entries.cuh"

@@ -21,7 +21,6 @@
 #endif
 
 // RUN is odd, so that a warp reads the rows of shared memory without bank conflicts.
-#define THREADS (VEC * RUN >= 12 ? 512 : 736)  // of a block at most
 #define WEIGHERS 128
 #define ITEMS 4  // positions times lines of a stage that a weigher has at most
 
@@ -36,21 +35,24 @@ struct Tiling {
   int64 boxes;                            // a line's positions are copied in so many boxes
   int64 consumers;                        // threads, a multiple of 32
   int64 normalize;
+  int64 whole;                            // all lines of a stage leave at once: none of them belongs to another chunk
   int64 merged;                           // rows of the accelerator hold several positions or lines: Tile::across
 };
 
 // A stage's place in the ring, and the parity of its turn there.
-__device__ __forceinline__ int slot_of(const Tiling& t, int stage) { return t.ring == 3 ? (unsigned)stage % 3u : stage & 3; }
-__device__ __forceinline__ int phase_of(const Tiling& t, int stage) {
-  return (t.ring == 3 ? (unsigned)stage / 3u : stage >> 2) & 1;
-}
+struct Slot {
+  int index = 0, phase = 0;
+  __device__ __forceinline__ void next(const Tiling& t) {
+    if (++index == (int)t.ring) index = 0, phase ^= 1;
+  }
+};
 
 struct Tile : Stretch {
   int slice, channel, channels, group, rank;  // channels: those that really exist from `channel` on
   int start, width, own;    // first position, nominal width (layout), positions that really exist
   int halo, extended;       // positions on either side, width + 2 halo
   // Rows of few channels are short, and the accelerator takes as long for one as for a longer one. Where all that lies
-  // beside each other in memory touches, its rows hold `together` positions of a scan over rows, or all lines of a
+  // beside each other in memory touches, its rows hold 2^`together` positions of a scan over rows, or all lines of a
   // stage at one position of a scan over columns (`across`).
   int together;
   bool across;
@@ -77,7 +79,7 @@ template <int CLUSTER> __device__ __forceinline__ Tile make_tile(const Tiling& t
   // More positions a thread leave no registers for it; the copies of older GPUs go line by line.
   const bool merged = ACCELERATOR && RUN == 1 && t.merged;
   k.across = merged && !vertical;
-  k.together = merged && vertical ? 128 / ((int)t.slice * (int)sizeof(scalar_t)) : 1;
+  k.together = merged && vertical ? 31 - __clz(128 / ((int)t.slice * (int)sizeof(scalar_t))) : 0;
   return k;
 }
 
@@ -111,12 +113,13 @@ __device__ __forceinline__ void wait_barrier(int64* barrier, int phase) { barrie
 struct Corner {
   int channel, position, line;
   __device__ __forceinline__ Corner(const Tile& k, int slice, int position, int line)
-      : channel(k.across ? line * slice : k.channel), position(position / k.together), line(k.across ? 0 : line) {}
+      : channel(k.across ? line * slice : k.channel), position(position >> k.together), line(k.across ? 0 : line) {}
 };
 
 // Starts the copy of one tensor's part of a stage.
 __device__ __forceinline__ void copy_stage(const scalar_t* to, const Layout& layout, int boxes, const Map& map, const Corner& c,
                                           int slot, int batch, int64* barrier) {
+#pragma unroll 1
   for (int n = 0; n < boxes; ++n)
     copy_box(to + n * layout.box_elements, map, c.channel, c.position + n * layout.box_positions, c.line, slot, batch, barrier);
 }

@@ -21,8 +21,9 @@ from gspn2_diffusion.ops.tile_choice import choose_tile
 
 Strides = tuple[int, ...]
 
-# Positions of a tile that a copy takes beside its own.
-HALO, OWN, AROUND, STORE = range(4)  # stored are single lines
+# What a copy takes of a tile's lines: the halo, too, only its own positions, or those and one to either side.
+# Stored are whole stages or single lines; between halos in shared memory (STORE_WIDE) always single ones.
+HALO, OWN, AROUND, STORE, STORE_WIDE = range(5)
 
 
 class Setting(NamedTuple):
@@ -88,7 +89,7 @@ class Mapped(NamedTuple):
     """An operand that a tiled kernel copies through tensor maps."""
 
     pointer: int  # which of the launch's addresses
-    kind: int  # HALO, OWN, AROUND or STORE
+    kind: int  # HALO, OWN, AROUND, STORE or STORE_WIDE
     strides: Strides  # of B, H, W and, where it has one, D
 
 
@@ -223,6 +224,7 @@ def tensor_maps(
     assert tile is not None
     batch, height, width, channels = shape
     words: list[int] = []
+    single = () if plan.whole and not tile.halo else (STORE_WIDE,) if plan.whole else (STORE, STORE_WIDE)
     for index, kind, (s_b, s_h, s_w, *s_d) in mapped:
         pointer = pointers[index]
         for across, (positions, s_p), (lines, s_l), own in (
@@ -233,7 +235,7 @@ def tensor_maps(
             row, many, at_once, boxes = (
                 tile.slice,
                 channels,
-                1 if kind == STORE else tile.stage_lines,
+                tile.stage_lines if kind not in single else 1,
                 plan.boxes,
             )
             if tile.merged and across:  # all lines of a stage in a row
@@ -283,7 +285,7 @@ def forward_launch(call: Call, plan: Plan | None = None) -> Launch:
         Mapped(2, HALO, lam[:4]),
         Mapped(3, OWN, _gate_strides(u)),
         Mapped(4, STORE, y[:4]),
-        Mapped(5, STORE, y[:4]),
+        Mapped(5, STORE_WIDE, y[:4]),
     )
     return Launch(plan, shape, setting, strides, mapped)
 
@@ -329,7 +331,7 @@ def backward_launch(
         Mapped(5, AROUND, state[:4]),
         Mapped(6, STORE, dx),
         Mapped(8, STORE, state[:4]),
-        Mapped(9, STORE, state[:4]),
+        Mapped(9, STORE_WIDE, state[:4]),
     )
     return Launch(plan, shape, setting, strides, mapped)
 

@@ -49,7 +49,12 @@ class Problem:
     @property
     def lines(self) -> int:
         """Lines of the longest scan."""
-        return max(self.height if d < 2 else self.width for d in self.directions)
+        return self.line_counts[-1]
+
+    @property
+    def line_counts(self) -> list[int]:
+        """Lines of a scan, for each kind of direction that is asked for."""
+        return sorted({self.height if d < 2 else self.width for d in self.directions})
 
     @property
     def line_lengths(self) -> list[int]:
@@ -91,17 +96,17 @@ class Tile:
 
     def most_threads(self, backward: bool) -> int:
         """KERNEL_THREADS of the tiled kernels."""
-        together = backward and self.cluster > 1
         if self.run > 1:
-            return 384 if together else 512
-        return 640 if together else 736
+            return 384 if backward and self.cluster > 1 else 512
+        return 736 if backward else 1024
 
     def registers(self, backward: bool) -> int:
-        """Of a thread, at most."""
-        together = backward and self.cluster > 1
+        """Of a thread, at most, in steps of eight."""
         if self.run > 1:
-            return 168 if together else 128
-        return 96 if together else 80 if backward else 72
+            return 152 if backward and self.cluster > 1 else 128
+        if not backward:
+            return 64
+        return 80 if self.vec > 4 and self.cluster > 1 else 72
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: it is a key of what is kept for every launch
@@ -123,6 +128,7 @@ class Plan:
     blocks: int = 1  # of a cluster
     boxes: int = 1  # a line's positions are copied in so many boxes
     ring: int = 0  # stages in shared memory
+    whole: bool = False  # all lines of a stage are stored at once
 
 
 def _power_of_two(n: int) -> int:
@@ -238,6 +244,8 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
         return None
     slices = ceil_div(problem.channels, tile.slice)
     chunks = ceil_div(problem.lines, problem.chunk_lines)
+    # No stage reaches into another chunk; what is outside of the picture is not stored.
+    whole = chunks == 1 or all(n % tile.stage_lines == 0 for n in (problem.chunk_lines, *problem.line_counts))
     grid = tile.cluster * slices * chunks * len(problem.directions) * problem.batch
     check_grid(grid, problem)
     by_length = dict(zip(problem.line_lengths, widths, strict=True))
@@ -267,6 +275,7 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
             boxes,
             consumers,
             int(normalize),
+            int(whole),
             int(tile.merged),
         ),
         channel_slices=slices // problem.groups,
@@ -274,6 +283,7 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
         widths=(across, down),
         boxes=boxes,
         ring=ring,
+        whole=whole,
     )
 
 

@@ -152,6 +152,7 @@ inline int64 box_elements(const Map& map) {
   if (!map.address) emulator::fail("a tensor that is not there");
   return map.box[0] * map.box[1] * map.box[2] * map.box[3] * map.box[4];
 }
+inline bool elected() { return threadIdx.x % 32 == 0; }
 inline void publish_barriers() {}
 inline void publish_results() {}
 inline void copy_box(const scalar_t* to, const Map& map, int channel, int position, int line, int slot, int batch,

@@ -55,7 +55,7 @@ def test_tiles(size, channels, groups, tile, chunk, dtype, kind, monkeypatch):
     kind = dict(kind)
     if kind.pop("by_parts", False):
         monkeypatch.setattr(launches, "FINISH_BY_LINES", 0)
-    scans, ring = kind.pop("scans", (0, 1, 2, 3)), kind.pop("ring", 4)
+    scans, ring = kind.pop("scans", (0, 1, 2, 3)), kind.pop("ring", None)
     inputs = make_inputs(1, *size, channels, groups, len(scans), dtype=dtype, **kind)
     normalize = kind.get("normalize", True)
     plans = []

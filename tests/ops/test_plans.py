@@ -60,7 +60,7 @@ def test_every_tile_keeps_to_the_kernels_rules(problem):
         assert (tile.halo > 0) == (tile.cluster > 1)
         assert plan.shared_bytes <= LIMIT
         assert plan.threads % 32 == 0
-        assert plan.threads <= tile.most_threads(problem.backward) <= 736
+        assert plan.threads <= tile.most_threads(problem.backward) <= 1024
         assert tile.halo * row_bytes % 128 == 0
         for length, width in zip((problem.width, problem.height), plan.widths, strict=True):
             extended = width + 2 * tile.halo
@@ -241,7 +241,8 @@ def test_three_stages_in_shared_memory_where_only_these_or_another_block_fit_the
         (small, Tile(8, 1, 48, 1, 0, 4), LIMIT, 3, 3),
         (small, Tile(8, 1, 48, 1, 0, 2), LIMIT, 4, 3),
         (small, Tile(8, 1, 48, 1, 0, 4), 100_000, 4, 1),
-        (large, Tile(8, 1, 32, 1, 0, 2), LIMIT, 4, 1),
+        (large, Tile(8, 1, 32, 1, 0, 1), LIMIT, 4, 2),
+        (large, Tile(8, 1, 32, 1, 0, 2), LIMIT, 3, 2),
         (large, Tile(8, 1, 32, 1, 0, 4), LIMIT, 3, 1),
     ):
         plan = tiled_plan(problem, tile, True, limit)
