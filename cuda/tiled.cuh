@@ -35,7 +35,7 @@ struct Tiling {
   int64 boxes;                            // a line's positions are copied in so many boxes
   int64 consumers;                        // threads, a multiple of 32
   int64 normalize;
-  int64 whole;                            // all lines of a stage leave at once: none of them belongs to another chunk
+  int64 whole;                            // all lines of a stage leave at once: they always are of one chunk
   int64 merged;                           // rows of the accelerator hold several positions or lines: Tile::across
 };
 

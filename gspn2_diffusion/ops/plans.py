@@ -244,8 +244,8 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
         return None
     slices = ceil_div(problem.channels, tile.slice)
     chunks = ceil_div(problem.lines, problem.chunk_lines)
-    # No stage reaches into another chunk; what is outside of the picture is not stored.
-    whole = chunks == 1 or all(n % tile.stage_lines == 0 for n in (problem.chunk_lines, *problem.line_counts))
+    # No stage reaches into another chunk or out of the picture, where storing is an illegal instruction.
+    whole = all(n % tile.stage_lines == 0 for n in (problem.chunk_lines, *problem.line_counts))
     grid = tile.cluster * slices * chunks * len(problem.directions) * problem.batch
     check_grid(grid, problem)
     by_length = dict(zip(problem.line_lengths, widths, strict=True))

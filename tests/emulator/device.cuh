@@ -169,6 +169,7 @@ inline void copy_box(const scalar_t* to, const Map& map, int channel, int positi
 }
 inline void store_box(const Map& map, int channel, int position, int line, int slot, int batch, const scalar_t* from) {
   box_elements(map);
+  if (position < 0 || line < 0 || line + map.box[2] > map.size[2]) emulator::fail("a store of lines that are not there");
   const auto* const source = reinterpret_cast<const scalar_t*>(emulator::pointer(shared_address(from), 128));
   emulator::current->stores.push_back([=, map = map] {
     auto* const to = reinterpret_cast<scalar_t*>(map.address);
