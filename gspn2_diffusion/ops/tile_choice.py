@@ -26,8 +26,8 @@ from gspn2_diffusion.ops.plans import (
 # of the terms of `cost_terms`, chosen so that the tiles they lead to are as quick as they can be, at 23
 # shapes of which most tiles were measured on an H200 in bfloat16 (benchmarks/tiles.py).
 _COST = {
-    False: (2.3, 94.2, 443.0, 163.8, 168.4, 15.9, 10.6),
-    True: (611.4, 318.5, 68.7, 101.9, 182.3, 4.8, 66.0),
+    False: (1.3, 10.8, 1043.0, 62.4, 185.0, 17.2, 1.4),
+    True: (228.2, 0.4, 641.3, 249.1, 208.5, 41.0, 52.6),
 }
 # A cluster stays within a group of multiprocessors. 132 of them as seven groups of 18 and one of 6 have as
 # many clusters active at once as were found: 7 of 16 blocks, 14 of 8, 22 of 5.
@@ -35,41 +35,47 @@ _GROUP = 18
 _SCHEDULERS = 4  # of a multiprocessor
 # Backward, blocks with more positions take longer than estimated: (1, 2048, 2048, 48) 12.1 ms in 8 blocks of
 # 256, 9.3 in 16.
-_MANY_POSITIONS, _TOO_MANY = 128, 1.48
+_MANY_POSITIONS, _TOO_MANY = 128, 1.55
 # Forward, threads with 16 bytes take less than estimated where blocks have whole lines and fill most of the
 # GPU: (1, 64, 64, 768) and (32, 32, 32, 192) 4 and 5%, but (1, 64, 64, 32) nothing.
-_WIDE_VECTORS, _FULL = 0.96, 0.7
-# Otherwise much alike forward, but in clusters (1, 135, 240, 144) takes 0.094 instead of 0.101 ms with 16
-# bytes; not in those of 16: (1, 128, 128, 32) 0.050 instead of 0.045. Backward (1, 64, 64, 768) 0.082 instead
-# of 0.087 in whole lines of 32 channels.
-_ALIKE = (0.994, 0.937)
+_WIDE_VECTORS, _FULL = 0.77, 0.7
+# Otherwise much alike, but forward in clusters (1, 135, 240, 144) takes 0.094 instead of 0.101 ms with 16
+# bytes; not in those of 16: (1, 128, 128, 32) 0.050 instead of 0.045. Backward (1, 64, 64, 768) 0.079 instead
+# of 0.083 in whole lines of 32 channels.
+_ALIKE = 0.998
 # Slices of 48 channels (six chunks). Forward in stages of several lines they take less than estimated:
 # (1, 256, 256, 144) 0.130 ms, slices of 16 0.149; but (1, 128, 128, 144) 0.058 and 0.051. Backward their
 # three or six lanes take more shuffles to sum, which gains only where scattered rows of 32 bytes cost most:
 # (1, 512, 512, 144) 1.10 instead of 1.40 ms, (1, 1024, 1024, 144) 4.8 instead of 7.0, (1, 1024, 1024, 48)
 # 1.83 instead of 2.5, but (1, 512, 512, 48) 0.69 instead of 0.52; or where few blocks have whole lines:
 # (1, 64, 64, 1152) 0.115 instead of 0.122, but (32, 32, 32, 192) 0.152 instead of 0.147.
-_SIX_TOGETHER, _LINES_TOGETHER, _LINES_OF_SIX = 0.854, 256, 512
+_SIX_TOGETHER, _LINES_TOGETHER, _LINES_OF_SIX = 0.92, 256, 512
 # Backward, slices of one row that several blocks share drift apart by the lines in flight, and the L2 loses
 # the row: from so many lines on in stages of one line.
 _LINES_OF_ONE = 1024
 # Where the estimate errs by 4% and more: tiles that were the quickest there, on an H200 in bfloat16.
 MEASURED = {
     False: {  # (B, H, W, C): tile  ms, instead of what the estimate leads to
-        (8, 256, 256, 64): Tile(8, 3, 64, 3, 4, 1),  # 0.344, 0.401
-        (1, 512, 512, 128): Tile(8, 1, 32, 5, 8, 2),  # 0.385, 0.423
-        (1, 512, 512, 144): Tile(8, 1, 48, 7, 4, 2),  # 0.440, 0.573
+        (1, 128, 128, 32): Tile(4, 1, 8, 4, 8, 4),  # 0.0410, 0.0451
+        (8, 256, 256, 64): Tile(8, 3, 64, 3, 4, 1),  # 0.352, 0.401
+        (32, 74, 74, 64): Tile(8, 1, 32, 1, 0, 4),  # 0.0987, 0.1023
+        (1, 512, 512, 128): Tile(8, 1, 32, 5, 8, 2),  # 0.398, 0.423
+        (1, 512, 512, 144): Tile(8, 3, 48, 8, 8, 2),  # 0.489, 0.524
+        (1, 1024, 1024, 48): Tile(8, 1, 48, 16, 4, 2),  # 0.786, 0.830
         (1, 1024, 1024, 144): Tile(8, 1, 48, 16, 4, 1),  # 2.11, 2.23
         (1, 2048, 2048, 48): Tile(8, 3, 48, 16, 8, 1),  # 3.29; (8, 1, 16, 8, 8, 1) from 3.1 to 5.0
-        (1, 128, 128, 32): Tile(4, 1, 8, 4, 8, 4),  # 0.0410, 0.0451
     },
     True: {
-        (8, 256, 256, 64): Tile(8, 1, 64, 5, 4, 1),  # 0.942, 1.066
-        (16, 1024, 1024, 8): Tile(4, 1, 8, 5, 8, 2, merged=True),  # 4.96, 5.18
-        (32, 74, 74, 64): Tile(8, 1, 64, 2, 4, 2),  # 0.260, 0.270
+        (1, 64, 64, 32): Tile(4, 1, 8, 1, 0, 4),  # 0.0482, 0.0525
+        (1, 64, 64, 144): Tile(4, 1, 8, 1, 0, 4),  # 0.0502, 0.0555
+        (1, 64, 64, 1152): Tile(8, 1, 48, 1, 0, 1),  # 0.109, 0.122
         (1, 128, 128, 32): Tile(4, 1, 16, 8, 8, 4),  # 0.0963, 0.1021
         (1, 256, 256, 64): Tile(4, 1, 16, 5, 8, 4),  # 0.227, 0.258
         (1, 256, 256, 144): Tile(8, 1, 16, 3, 4, 4),  # 0.302, 0.361
+        (8, 256, 256, 64): Tile(8, 1, 64, 5, 4, 1),  # 0.942, 1.066
+        (32, 74, 74, 64): Tile(8, 1, 64, 2, 4, 2),  # 0.260, 0.270
+        (1, 512, 512, 144): Tile(8, 3, 48, 8, 8, 2),  # 1.17, 1.33
+        (16, 1024, 1024, 8): Tile(8, 1, 8, 5, 8, 2, merged=True),  # 4.94, 5.09
         (1, 2048, 2048, 48): Tile(8, 1, 16, 16, 4, 1),  # 10.1, 10.5
         (1, 4096, 4096, 48): Tile(8, 3, 16, 16, 4, 1),  # 48.4, 50.4
     },
@@ -151,7 +157,7 @@ def estimate(problem: Problem, plan: Plan, shared_limit: int, processors: int) -
         if forward and tile.cluster == 1 and plan.grid > _FULL * processors:
             time *= _WIDE_VECTORS
         elif 1 < tile.cluster <= 8 if forward else tile.cluster == 1 and tile.slice >= 32:
-            time *= _ALIKE[problem.backward]
+            time *= _ALIKE
     large = min(problem.height, problem.width) >= _LINES_TOGETHER
     if forward and large and tile.cluster > 1 and tile.stage_lines > 1 and _of_six(tile):
         time *= _SIX_TOGETHER
