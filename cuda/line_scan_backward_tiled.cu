@@ -28,7 +28,7 @@ struct Memory {
   float4* weights;                 // [2][stage_lines][weight_pitch]: of the line after, from before, here and after
   float* border;                   // [2][border_elements]
   float* received;                 // [2][left, right][halo][slice]
-  int64* barriers;                 // [ring], and two of the exchange
+  int64* barriers;                 // [ring] of what came, [ring] of what is done, two of the exchange
   __device__ Memory(char* base, const Tile& k, const Tiling& t)
       : wide(k.extended, (int)t.stage_lines, (int)t.slice, boxes_of(t)),
         narrow(k.width, (int)t.stage_lines, (int)t.slice, boxes_of(t)),
@@ -63,7 +63,7 @@ struct Copier {
 
 #if ACCELERATOR
   __device__ void start() const {
-    for (int n = 0; n < a.tiling.ring; ++n) start_barrier(m.barriers + n);
+    for (int n = 0; n < 2 * a.tiling.ring; ++n) start_barrier(m.barriers + n);
     publish_barriers();
   }
   __device__ void fetch(int stage, int slot, int) const {
@@ -219,6 +219,9 @@ __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k,
   weigh(0);
   weigher.fetch(0, total - capacity);
   cluster_barrier<CLUSTER>();
+#if ACCELERATOR
+  Slot slot;
+#endif
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
 #if !ACCELERATOR
@@ -229,7 +232,11 @@ __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k,
 #endif
     weigh(stage + 1);
     weigher.fetch(0, total - (stage + 2) * capacity);
-    __syncthreads();
+    stage_barrier((int)a.tiling.consumers);
+#if ACCELERATOR
+    if (thread == 0) finish_stage(m.barriers + a.tiling.ring + slot.index);
+    slot.next(a.tiling);
+#endif
   }
 #if !ACCELERATOR
   copier.store(stages - 1, (stages - 1) % ring, thread);
@@ -238,33 +245,29 @@ __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k,
 
 template <int CLUSTER>
 __device__ __forceinline__ void copy_stages(const Parameters& a, const Tile& k, const Memory& m, int stages) {
-  const Copier copier(a, k, m);
 #if ACCELERATOR
+  const Copier copier(a, k, m);
+  const int ring = (int)a.tiling.ring;
   if (elected()) {
     copier.start();
 #pragma unroll 1
-    for (int stage = 0; stage < a.tiling.ring; ++stage) copier.fetch(stage, stage, 0);
+    for (int stage = 0; stage < ring; ++stage) copier.fetch(stage, stage, 0);
   }
   __syncwarp();
-  Slot before;  // of the stage before
 #endif
   cluster_barrier<CLUSTER>();
+#if ACCELERATOR
+  Slot slot;
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
-#if ACCELERATOR
-    if (stage > 0) {
-      if (elected()) {
-        copier.store(stage - 1, before.index, 0);
-        copier.fetch(stage - 1 + (int)a.tiling.ring, before.index, 0);
-      }
-      before.next(a.tiling);
+    if (elected()) {
+      wait_barrier(m.barriers + ring + slot.index, slot.phase);
+      copier.store(stage, slot.index, 0);
+      copier.fetch(stage + ring, slot.index, 0);
     }
+    slot.next(a.tiling);
     __syncwarp();
-#endif
-    __syncthreads();
   }
-#if ACCELERATOR
-  if (elected()) copier.store(stages - 1, before.index, 0);
 #endif
 }
 
@@ -279,7 +282,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
   const Place at(thread, slice);
   const int pitch = k.across ? capacity * slice : slice;  // of positions in shared memory
   const int readable = at.used ? k.extended : 0;  // positions before this one are there to be read
-  const Exchange exchange = {m.received, shared_address(m.barriers + a.tiling.ring), k.halo, k.own, slice, k.rank, CLUSTER};
+  const Exchange exchange = {m.received, shared_address(m.barriers + 2 * a.tiling.ring), k.halo, k.own, slice, k.rank, CLUSTER};
   const int p = k.start - k.halo + at.first;
   const View out = reversed(
       view_along(k.direction, k.lines, k.batch * a.o_b + k.slot * a.o_d + k.channel, a.o_h, a.o_w), k.end);
@@ -412,7 +415,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
     }
     slot.next(a.tiling);
     publish_results();
-    __syncthreads();
+    stage_barrier(consumers);
   }
 }
 
