@@ -126,8 +126,8 @@ struct Copier {
 struct Line {
   float source[RUN][VEC], w[RUN][3];
   Vector gate[RUN];
-  __device__ __forceinline__ void load_from(const scalar_t* x, const scalar_t* lam, const scalar_t* u, const float4* weights,
-                                            const int (&at)[RUN], const int (&at_narrow)[RUN],
+  __device__ __forceinline__ void load_from(const scalar_t* x, const scalar_t* lam, const scalar_t* u, bool has_u,
+                                            const float4* weights, const int (&at)[RUN], const int (&at_narrow)[RUN],
                                             const bool (&own)[RUN], int first, int extended) {
     float factor[VEC];
 #pragma unroll
@@ -140,7 +140,7 @@ struct Line {
         load(factor, lam + at[r]);
 #pragma unroll
         for (int n = 0; n < VEC; ++n) source[r][n] *= factor[n];
-        if (u && own[r]) load_words(gate[r].words, u + at_narrow[r]);
+        if (has_u && own[r]) load_words(gate[r].words, u + at_narrow[r]);
         v = weights[r];
       }
       w[r][0] = v.x, w[r][1] = v.y, w[r][2] = v.z;
@@ -236,7 +236,9 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
   const int pitch = k.across ? capacity * slice : slice;  // of positions in shared memory
   const int readable = at.used ? k.extended : 0;  // positions before this one are there to be read
   const Exchange exchange = {m.received, shared_address(m.barriers + 2 * a.tiling.ring), k.halo, k.own, slice, k.rank, CLUSTER};
-  const bool stores_state = a.state && boxes_of(a.tiling) > 1;  // where the accelerator cannot
+  int has_u = a.u != nullptr, has_state = a.state != nullptr;
+  keep_in_register(has_u), keep_in_register(has_state);
+  const bool stores_state = boxes_of(a.tiling) > 1;  // where the accelerator cannot
   const View vy = view_along(k.direction, k.lines, k.batch * a.y_b + k.slot * a.y_d + k.channel, a.y_h, a.y_w);
   int at_wide[RUN], at_narrow[RUN];
   bool own[RUN];
@@ -266,7 +268,8 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
   Slot slot;
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
-    const int lines = min(capacity, k.end - k.begin - stage * capacity);
+    int left = min(capacity, k.end - k.begin - stage * capacity);  // lines of the stage
+    keep_in_register(left);
 #if ACCELERATOR
     wait_barrier(m.barriers + slot.index, slot.phase);
 #endif
@@ -274,9 +277,8 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
     scalar_t* u = m.u + slot.index * m.narrow.elements + first_line * narrow_line;
     const float4* weights = m.weights + (stage & 1) * capacity * (int)a.tiling.weight_pitch + at.first;
     Line next;
-    next.load_from(x, x + lam_after_x, a.u ? u : nullptr, weights, at_wide, at_narrow, own, at.first, readable);
-#pragma unroll 1
-    for (int j = 0; j < lines; ++j) {
+    next.load_from(x, x + lam_after_x, u, has_u, weights, at_wide, at_narrow, own, at.first, readable);
+    while (true) {
       if (CLUSTER > 1 && since == 0 && stage > 0) {
         exchange.take(h, at, exchanges - 1, thread == 0);
         h.publish(previous, at, slice, apart);
@@ -284,13 +286,17 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
       }
       h.step(previous, at, slice, apart, next.source, next.w);
       h.publish(current, at, slice, apart);
-      const bool more = stage * capacity + j + 1 < k.end - k.begin;
+      const bool more = left > 1 || stage + 1 < stages;
       if (CLUSTER > 1 && since == k.halo - 1 && more && at.used) exchange.give(h, at, exchanges);
 #pragma unroll
       for (int r = 0; r < RUN; ++r) {
         if (!own[r]) continue;
-        if (a.state) store(stores_state ? state + r * vy.position : x + at_wide[r], h.value[r]);
-        if (a.u) {
+        if (has_state && stores_state) {
+          store(state + r * vy.position, h.value[r]);
+        } else if (has_state) {
+          store(x + at_wide[r], h.value[r]);
+        }
+        if (has_u) {
           float out[VEC];
 #pragma unroll
           for (int n = 0; n < VEC; ++n) out[n] = to_float(next.gate[r].element[n]) * h.value[r][n];
@@ -303,9 +309,9 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
       float* const swap = current;
       current = previous, previous = swap;
       if (CLUSTER > 1 && ++since == k.halo) since = 0, ++exchanges;
-      if (j + 1 == lines) break;
+      if (--left == 0) break;
       x += wide_step, u += narrow_step, weights += (int)a.tiling.weight_pitch;
-      next.load_from(x, x + lam_after_x, a.u ? u : nullptr, weights, at_wide, at_narrow, own, at.first, readable);
+      next.load_from(x, x + lam_after_x, u, has_u, weights, at_wide, at_narrow, own, at.first, readable);
       consumer_barrier(consumers);
     }
     slot.next(a.tiling);
