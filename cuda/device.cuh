@@ -79,6 +79,9 @@ __device__ __forceinline__ float fast_reciprocal(float x) {
   return result;
 }
 
+// Of what follows from a launch's arguments: the compiler would find it anew, from 64 bits, each time that it is used.
+__device__ __forceinline__ void keep_in_register(int& value) { asm volatile("" : "+r"(value)); }
+
 // ---- lanes of a warp ----------------------------------------------------------------------------
 
 template <typename T> __device__ __forceinline__ T shuffle_up(T value, int lanes) {

@@ -350,4 +350,4 @@ def tiled_shared_bytes(
     per_warp = 32 // (tile.slice // tile.vec)
     border = consumers // 32 * per_warp + 2 if tile.run == 1 else 2 * (consumers // 32 + 2)
     states = 4 * tile.slice * (2 * border + 4 * tile.halo)
-    return ring * (stages + 8) + 2 * 8 + weights + states
+    return ring * (stages + 2 * 8) + 2 * 8 + weights + states

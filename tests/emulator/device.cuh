@@ -35,6 +35,7 @@ inline unsigned from_floats(float low, float high) { return (unsigned)from_float
 inline float fast_exp2(float x) { return exp2f(x); }
 inline float fast_reciprocal(float x) { return 1.0f / x; }
 
+inline void keep_in_register(int&) {}
 template <typename T> T shuffle_up(T value, int lanes) {
   return emulator::exchange(value, emulator::current->index % 32 - lanes);
 }
