@@ -16,14 +16,18 @@ from torch import Tensor
 
 from gspn2_diffusion.ops import cupy_backend
 from gspn2_diffusion.ops.plane_plans import choose_plane_tile, fits_planes, plane_plan
-from gspn2_diffusion.ops.plans import MAX_BOX, Plan, Problem, generic_plan, tiled_plan
+from gspn2_diffusion.ops.plans import Plan, Problem, generic_plan, tiled_plan
+from gspn2_diffusion.ops.tensor_maps import (
+    AROUND,
+    HALO,
+    OWN,
+    STORE,
+    STORE_WIDE,
+    Mapped,
+    Strides,
+    tensor_maps,
+)
 from gspn2_diffusion.ops.tile_choice import choose_tile
-
-Strides = tuple[int, ...]
-
-# What a copy takes of a tile's lines: the halo, too, only its own positions, or those and one to either side.
-# Stored are whole stages or single lines; between halos in shared memory (STORE_WIDE) always single ones.
-HALO, OWN, AROUND, STORE, STORE_WIDE = range(5)
 
 
 class Setting(NamedTuple):
@@ -83,14 +87,6 @@ def describe(
         (lam.shape, lam.stride(), lam.dtype, lam.device),
         gate,
     )
-
-
-class Mapped(NamedTuple):
-    """An operand that a tiled kernel copies through tensor maps."""
-
-    pointer: int  # which of the launch's addresses
-    kind: int  # HALO, OWN, AROUND, STORE or STORE_WIDE
-    strides: Strides  # of B, H, W and, where it has one, D
 
 
 def choose_plan(
@@ -192,7 +188,15 @@ class Launch:
         self._start = cupy_backend.starter(plan, setting.dtype, setting.device)
         self._maps: Callable[[tuple[int, ...]], tuple[int, ...]] | None = None
         if plan.tile is not None:
-            self._maps = functools.partial(tensor_maps, plan, shape, setting, tuple(mapped))
+            self._maps = functools.partial(
+                tensor_maps,
+                plan,
+                shape,
+                setting.dtype,
+                setting.device,
+                len(setting.directions),
+                tuple(mapped),
+            )
         # The caching allocator hands out the same addresses again and again.
         self._packed = functools.lru_cache(maxsize=1024)(self._pack)
 
@@ -209,51 +213,6 @@ class Launch:
         else:
             scratch = torch.empty(self.scratch_floats, dtype=torch.float32, device=f"cuda:{self.device}")
             self._start(self._packed(*pointers, scratch.data_ptr()))
-
-
-def tensor_maps(
-    plan: Plan, shape: Strides, setting: Setting, mapped: Sequence[Mapped], pointers: tuple[int, ...]
-) -> tuple[int, ...]:
-    """Tensor maps of a tiled launch, for the vertical and the horizontal directions of each operand.
-
-    Zeros where the GPU has no accelerator, for which the kernels copy in another way.
-    """
-    if not cupy_backend.has_accelerator(setting.device):
-        return (0,) * (32 * len(mapped))
-    tile = plan.tile
-    assert tile is not None
-    batch, height, width, channels = shape
-    words: list[int] = []
-    single = () if plan.whole and not tile.halo else (STORE_WIDE,) if plan.whole else (STORE, STORE_WIDE)
-    for index, kind, (s_b, s_h, s_w, *s_d) in mapped:
-        pointer = pointers[index]
-        for across, (positions, s_p), (lines, s_l), own in (
-            (False, (width, s_w), (height, s_h), plan.widths[0]),
-            (True, (height, s_h), (width, s_w), plan.widths[1]),
-        ):
-            count = own + (2 * tile.halo if kind == HALO else 2 if kind == AROUND else 0)
-            row, many, at_once, boxes = (
-                tile.slice,
-                channels,
-                tile.stage_lines if kind not in single else 1,
-                plan.boxes,
-            )
-            if tile.merged and across:  # all lines of a stage in a row
-                row, many, at_once, lines = row * tile.stage_lines, many * lines, 1, 1
-            elif tile.merged and kind != AROUND:  # rows of 128 bytes
-                n = 128 // (row * setting.dtype.itemsize)
-                row, many, positions, s_p = row * n, many * n, positions // n, s_p * n
-                count, boxes = -(-count // n), 1
-            sizes = (many, positions, lines, len(setting.directions) if s_d else 1, batch)
-            strides = [
-                s if n > 1 else 16 for s, n in zip((s_p, s_l, *(s_d or [0]), s_b), sizes[1:], strict=True)
-            ]
-            box = (row, -(-count // boxes), at_once, 1, 1)
-            if pointer and 0 < box[1] <= MAX_BOX:
-                words += cupy_backend.tensor_map(setting.dtype, pointer, sizes, strides, box)
-            else:
-                words += [0] * 16
-    return tuple(words)
 
 
 # ---- the scan's two kernels ---------------------------------------------------------------------

@@ -94,17 +94,15 @@ def test_whatever_is_launched_is_compiled_beforehand(problem):
 
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_the_chosen_tile_is_the_cheapest(problem):
-    chosen = choose_tile(problem, CLUSTERS, LIMIT, PROCESSORS)
+    processors = PROCESSORS - 2  # for which there are no measured tiles
+    chosen = choose_tile(problem, CLUSTERS, LIMIT, processors)
     assert chosen is not None
     times = {
-        tile: estimate(problem, plan, LIMIT, PROCESSORS)
+        tile: estimate(problem, plan, LIMIT, processors)
         for tile in tiles(problem, CLUSTERS)
         if (plan := tiled_plan(problem, tile, True, LIMIT)) is not None
     }
-    if measured_tile(problem, CLUSTERS, PROCESSORS) in times:
-        assert chosen == measured_tile(problem, CLUSTERS, PROCESSORS)
-    else:
-        assert times[chosen] == min(times.values()) > 0
+    assert times[chosen] == min(times.values()) > 0
 
 
 def test_measured_tiles_are_for_what_was_measured():
