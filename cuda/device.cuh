@@ -79,6 +79,9 @@ __device__ __forceinline__ float fast_reciprocal(float x) {
   return result;
 }
 
+// Of what follows from a launch's arguments: the compiler would find it anew, from 64 bits, each time that it is used.
+__device__ __forceinline__ void keep_in_register(int& value) { asm volatile("" : "+r"(value)); }
+
 // ---- lanes of a warp ----------------------------------------------------------------------------
 
 template <typename T> __device__ __forceinline__ T shuffle_up(T value, int lanes) {
@@ -245,6 +248,13 @@ __device__ __forceinline__ void store_box(const Map& map, int channel, int posit
                                           const scalar_t* from) {
   asm volatile(
       "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4, %5}], [%6];" ::"l"(&map),
+      "r"(channel), "r"(position), "r"(line), "r"(slot), "r"(batch), "r"(shared_address(from)) : "memory");
+}
+// Adds a box to what is in memory, which rounds each time; in no fixed order.
+__device__ __forceinline__ void add_box(const Map& map, int channel, int position, int line, int slot, int batch,
+                                        const scalar_t* from) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.5d.global.shared::cta.add.tile.bulk_group [%0, {%1, %2, %3, %4, %5}], [%6];" ::"l"(&map),
       "r"(channel), "r"(position), "r"(line), "r"(slot), "r"(batch), "r"(shared_address(from)) : "memory");
 }
 __device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }

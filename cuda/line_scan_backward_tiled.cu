@@ -28,7 +28,7 @@ struct Memory {
   float4* weights;                 // [2][stage_lines][weight_pitch]: of the line after, from before, here and after
   float* border;                   // [2][border_elements]
   float* received;                 // [2][left, right][halo][slice]
-  int64* barriers;                 // [ring], and two of the exchange
+  int64* barriers;                 // [ring] of what came, [ring] of what is done, two of the exchange
   __device__ Memory(char* base, const Tile& k, const Tiling& t)
       : wide(k.extended, (int)t.stage_lines, (int)t.slice, boxes_of(t)),
         narrow(k.width, (int)t.stage_lines, (int)t.slice, boxes_of(t)),
@@ -63,7 +63,7 @@ struct Copier {
 
 #if ACCELERATOR
   __device__ void start() const {
-    for (int n = 0; n < a.tiling.ring; ++n) start_barrier(m.barriers + n);
+    for (int n = 0; n < 2 * a.tiling.ring; ++n) start_barrier(m.barriers + n);
     publish_barriers();
   }
   __device__ void fetch(int stage, int slot, int) const {
@@ -87,6 +87,13 @@ struct Copier {
     const int line = k.end - 1 - step;
     return k.direction & 1 ? k.lines - 1 - line : line - capacity + 1;
   }
+  __device__ void leave_dx(int kind, int channel, int position, int line, const scalar_t* from) const {
+    if (a.tiling.adds) {
+      add_box(a.dx_map[kind], channel, position, line, 0, k.batch, from);
+    } else {
+      store_box(a.dx_map[kind], channel, position, line, k.slot, k.batch, from);
+    }
+  }
   // Of `count` steps of a stage from the j-th on, the lowest line's place in shared memory.
   __device__ int lowest_of(int count, int j) const { return k.direction & 1 ? j : capacity - count - j; }
   __device__ void store(int stage, int slot, int) const {
@@ -105,7 +112,7 @@ struct Copier {
         const int from = n * m.narrow.box_elements + place * m.narrow.box_positions * slice;
         const int position = first + n * m.narrow.box_positions;
         if (a.dlam) store_box(a.dlam_map[kind], k.channel, position, low + place, k.slot, k.batch, dlam + from);
-        if (a.dx) store_box(a.dx_map[kind], k.channel, position, low + place, k.slot, k.batch, dx + from);
+        if (a.dx) leave_dx(kind, k.channel, position, low + place, dx + from);
       }
     }
 #pragma unroll 1
@@ -116,7 +123,7 @@ struct Copier {
     }
     if (k.across) {
       if (a.dlam) store_box(a.dlam_map[kind], low * slice, first, 0, k.slot, k.batch, dlam);
-      if (a.dx) store_box(a.dx_map[kind], low * slice, first, 0, k.slot, k.batch, dx);
+      if (a.dx) leave_dx(kind, low * slice, first, 0, dx);
       if (a.du) store_box(a.du_map[kind], low * slice, first, 0, k.slot, k.batch, du + k.halo * capacity * slice);
     }
     commit_stores();
@@ -162,9 +169,9 @@ struct Copier {
 // for. h of the line stays as it was loaded; its product with dy is du, which takes the place of dy or goes to `du`.
 struct Line {
   float source[RUN][VEC], w[RUN][3];
-  __device__ __forceinline__ void load_from(scalar_t* dy, const scalar_t* u, const float4* weights, const int (&at)[RUN], int first,
-                                            int extended, const Vector (&hidden)[RUN], const bool (&wants_du)[RUN],
-                                            scalar_t* du, int64 du_step) {
+  __device__ __forceinline__ void load_from(scalar_t* dy, const scalar_t* u, bool has_u, const float4* weights,
+                                            const int (&at)[RUN], int first, int extended, const Vector (&hidden)[RUN],
+                                            const bool (&wants_du)[RUN], scalar_t* du, bool stores_du, int64 du_step) {
     float gate[VEC];
 #pragma unroll
     for (int r = 0; r < RUN; ++r) {
@@ -176,9 +183,13 @@ struct Line {
         if (wants_du[r]) {
 #pragma unroll
           for (int n = 0; n < VEC; ++n) gate[n] = source[r][n] * to_float(hidden[r].element[n]);
-          store(du ? du + r * du_step : dy + at[r], gate);
+          if (stores_du) {
+            store(du + r * du_step, gate);
+          } else {
+            store(dy + at[r], gate);
+          }
         }
-        if (u) {
+        if (has_u) {
           load(gate, u + at[r]);
 #pragma unroll
           for (int n = 0; n < VEC; ++n) source[r][n] *= gate[n];
@@ -219,6 +230,9 @@ __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k,
   weigh(0);
   weigher.fetch(0, total - capacity);
   cluster_barrier<CLUSTER>();
+#if ACCELERATOR
+  Slot slot;
+#endif
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
 #if !ACCELERATOR
@@ -229,7 +243,11 @@ __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k,
 #endif
     weigh(stage + 1);
     weigher.fetch(0, total - (stage + 2) * capacity);
-    __syncthreads();
+    stage_barrier((int)a.tiling.consumers);
+#if ACCELERATOR
+    if (thread == 0) finish_stage(m.barriers + a.tiling.ring + slot.index);
+    slot.next(a.tiling);
+#endif
   }
 #if !ACCELERATOR
   copier.store(stages - 1, (stages - 1) % ring, thread);
@@ -238,33 +256,29 @@ __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k,
 
 template <int CLUSTER>
 __device__ __forceinline__ void copy_stages(const Parameters& a, const Tile& k, const Memory& m, int stages) {
-  const Copier copier(a, k, m);
 #if ACCELERATOR
+  const Copier copier(a, k, m);
+  const int ring = (int)a.tiling.ring;
   if (elected()) {
     copier.start();
 #pragma unroll 1
-    for (int stage = 0; stage < a.tiling.ring; ++stage) copier.fetch(stage, stage, 0);
+    for (int stage = 0; stage < ring; ++stage) copier.fetch(stage, stage, 0);
   }
   __syncwarp();
-  Slot before;  // of the stage before
 #endif
   cluster_barrier<CLUSTER>();
+#if ACCELERATOR
+  Slot slot;
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
-#if ACCELERATOR
-    if (stage > 0) {
-      if (elected()) {
-        copier.store(stage - 1, before.index, 0);
-        copier.fetch(stage - 1 + (int)a.tiling.ring, before.index, 0);
-      }
-      before.next(a.tiling);
+    if (elected()) {
+      wait_barrier(m.barriers + ring + slot.index, slot.phase);
+      copier.store(stage, slot.index, 0);
+      copier.fetch(stage + ring, slot.index, 0);
     }
+    slot.next(a.tiling);
     __syncwarp();
-#endif
-    __syncthreads();
   }
-#if ACCELERATOR
-  if (elected()) copier.store(stages - 1, before.index, 0);
 #endif
 }
 
@@ -279,11 +293,14 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
   const Place at(thread, slice);
   const int pitch = k.across ? capacity * slice : slice;  // of positions in shared memory
   const int readable = at.used ? k.extended : 0;  // positions before this one are there to be read
-  const Exchange exchange = {m.received, shared_address(m.barriers + a.tiling.ring), k.halo, k.own, slice, k.rank, CLUSTER};
+  const Exchange exchange = {m.received, shared_address(m.barriers + 2 * a.tiling.ring), k.halo, k.own, slice, k.rank, CLUSTER};
   const int p = k.start - k.halo + at.first;
   const View out = reversed(
       view_along(k.direction, k.lines, k.batch * a.o_b + k.slot * a.o_d + k.channel, a.o_h, a.o_w), k.end);
-  scalar_t* du = a.du && boxes_of(t) > 1 ? a.du + out.at(0, p) + at.c : nullptr;  // where the accelerator cannot store it
+  int has_u = a.u != nullptr, has_dweight = a.dweight != nullptr;
+  keep_in_register(has_u), keep_in_register(has_dweight);
+  const bool stores_du = boxes_of(t) > 1;  // where the accelerator cannot
+  scalar_t* du = a.du + out.at(0, p) + at.c;
   const bool backwards = k.direction & 1;
   const int64 plane = 3 * (int64)k.positions;
   float* dweight = a.dweight;
@@ -321,7 +338,8 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
   Slot slot;
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
-    const int steps = min(capacity, total - stage * capacity);
+    int left = min(capacity, total - stage * capacity);  // steps of the stage
+    keep_in_register(left);
 #if ACCELERATOR
     wait_barrier(m.barriers + slot.index, slot.phase);
 #endif
@@ -330,10 +348,9 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
     const scalar_t* h = m.h + slot.index * m.around.elements + first_line * around_line;
     const float4* weights = m.weights + (stage & 1) * capacity * (int)t.weight_pitch + at.first;
     Line next;
-    next.load_from(dy, a.u ? dy + u_after_dy : nullptr, weights, at_wide, at.first, readable, hidden, wants_du, du,
+    next.load_from(dy, dy + u_after_dy, has_u, weights, at_wide, at.first, readable, hidden, wants_du, du, stores_du,
                    out.position);
-#pragma unroll 1
-    for (int j = 0; j < steps; ++j) {
+    while (true) {
       if (CLUSTER > 1 && since == 0 && stage > 0) {
         exchange.take(g, at, exchanges - 1, thread == 0);
         g.publish(previous, at, slice, apart);
@@ -341,7 +358,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
       }
       g.step(previous, at, slice, apart, next.source, next.w);
       g.publish(current, at, slice, apart);
-      const bool more = stage * capacity + j + 1 < total;
+      const bool more = left > 1 || stage + 1 < stages;
       if (CLUSTER > 1 && since == k.halo - 1 && more && at.used) exchange.give(g, at, exchanges);
       float dw[RUN][3], value[VEC];
 #pragma unroll
@@ -358,7 +375,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
         for (int n = 0; n < VEC; ++n) value[n] *= g.value[r][n];
         store(place + lam_after_x, value);  // dx
       }
-      if (stage * capacity + j + 1 < total) {
+      if (more) {
 #pragma unroll
         for (int r = 0; r < RUN + 2; ++r) {  // h[i-1] from one position before to one after
           const bool needed = (r > 1 && own[r - 2]) || (r > 0 && r <= RUN && own[r - 1]) || (r < RUN && own[r]);
@@ -366,7 +383,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
           Vector bits;
           load_words(bits.words, h + at_around[r]);
           if (r > 0 && r <= RUN) hidden[r - 1] = bits;
-          if (!a.dweight) continue;
+          if (!has_dweight) continue;
 #if !ACCELERATOR  // which brings zeros from outside of the picture
           if (p + r - 1 < 0 || p + r - 1 >= k.positions) continue;
 #endif
@@ -379,7 +396,7 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
           }
         }
       }
-      if (a.dweight) {  // lanes of one position are neighbours in a warp; the first gets the sum
+      if (has_dweight) {  // lanes of one position are neighbours in a warp; the first gets the sum
 #pragma unroll
         for (int r = 0; r < RUN; ++r) {
           int offset = at.lanes;  // a power of two, or three times one
@@ -400,19 +417,19 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
         }
         dweight += backwards ? plane : -plane;
       }
-      if (du) du += out.line;
+      if (stores_du) du += out.line;
       float* const swap = current;
       current = previous, previous = swap;
       if (CLUSTER > 1 && ++since == k.halo) since = 0, ++exchanges;
-      if (j + 1 == steps) break;
+      if (--left == 0) break;
       dy += sign * wide_line, x += sign * narrow_line, h += sign * around_line, weights += (int)t.weight_pitch;
-      next.load_from(dy, a.u ? dy + u_after_dy : nullptr, weights, at_wide, at.first, readable, hidden, wants_du, du,
+      next.load_from(dy, dy + u_after_dy, has_u, weights, at_wide, at.first, readable, hidden, wants_du, du, stores_du,
                      out.position);
       consumer_barrier(consumers);
     }
     slot.next(a.tiling);
     publish_results();
-    __syncthreads();
+    stage_barrier(consumers);
   }
 }
 

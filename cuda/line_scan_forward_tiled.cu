@@ -21,7 +21,7 @@ struct Memory {
   float4* weights;          // [2][stage_lines][weight_pitch]
   float* border;            // [2][border_elements]
   float* received;          // [2][left, right][halo][slice]
-  int64* barriers;          // [ring], and two of the exchange
+  int64* barriers;          // [ring] of what came, [ring] of what is done, two of the exchange
   __device__ Memory(char* base, const Tile& k, const Tiling& t)
       : wide(k.extended, (int)t.stage_lines, (int)t.slice, boxes_of(t)),
         narrow(k.width, (int)t.stage_lines, (int)t.slice, boxes_of(t)) {
@@ -48,7 +48,7 @@ struct Copier {
 
 #if ACCELERATOR
   __device__ void start() const {
-    for (int n = 0; n < a.tiling.ring; ++n) start_barrier(m.barriers + n);
+    for (int n = 0; n < 2 * a.tiling.ring; ++n) start_barrier(m.barriers + n);
     publish_barriers();
   }
   __device__ void fetch(int stage, int slot, int) const {
@@ -126,8 +126,8 @@ struct Copier {
 struct Line {
   float source[RUN][VEC], w[RUN][3];
   Vector gate[RUN];
-  __device__ __forceinline__ void load_from(const scalar_t* x, const scalar_t* lam, const scalar_t* u, const float4* weights,
-                                            const int (&at)[RUN], const int (&at_narrow)[RUN],
+  __device__ __forceinline__ void load_from(const scalar_t* x, const scalar_t* lam, const scalar_t* u, bool has_u,
+                                            const float4* weights, const int (&at)[RUN], const int (&at_narrow)[RUN],
                                             const bool (&own)[RUN], int first, int extended) {
     float factor[VEC];
 #pragma unroll
@@ -140,7 +140,7 @@ struct Line {
         load(factor, lam + at[r]);
 #pragma unroll
         for (int n = 0; n < VEC; ++n) source[r][n] *= factor[n];
-        if (u && own[r]) load_words(gate[r].words, u + at_narrow[r]);
+        if (has_u && own[r]) load_words(gate[r].words, u + at_narrow[r]);
         v = weights[r];
       }
       w[r][0] = v.x, w[r][1] = v.y, w[r][2] = v.z;
@@ -173,6 +173,9 @@ __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k,
   weigh(0);
   weigher.fetch(0, total - capacity);
   cluster_barrier<CLUSTER>();
+#if ACCELERATOR
+  Slot slot;
+#endif
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
 #if !ACCELERATOR
@@ -183,7 +186,11 @@ __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k,
 #endif
     weigh(stage + 1);
     weigher.fetch(0, total - (stage + 2) * capacity);
-    __syncthreads();
+    stage_barrier((int)a.tiling.consumers);
+#if ACCELERATOR
+    if (thread == 0) finish_stage(m.barriers + a.tiling.ring + slot.index);
+    slot.next(a.tiling);
+#endif
   }
 #if !ACCELERATOR
   copier.store(stages - 1, (stages - 1) % ring, thread);
@@ -192,34 +199,29 @@ __device__ __forceinline__ void weigh_stages(const Parameters& a, const Tile& k,
 
 template <int CLUSTER>
 __device__ __forceinline__ void copy_stages(const Parameters& a, const Tile& k, const Memory& m, int stages) {
-  const Copier copier(a, k, m);
-  const int capacity = (int)a.tiling.stage_lines, total = k.end - k.begin;
 #if ACCELERATOR
+  const Copier copier(a, k, m);
+  const int ring = (int)a.tiling.ring;
   if (elected()) {
     copier.start();
 #pragma unroll 1
-    for (int stage = 0; stage < a.tiling.ring; ++stage) copier.fetch(stage, stage, 0);
+    for (int stage = 0; stage < ring; ++stage) copier.fetch(stage, stage, 0);
   }
   __syncwarp();
-  Slot before;  // of the stage before
 #endif
   cluster_barrier<CLUSTER>();
+#if ACCELERATOR
+  Slot slot;
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
-#if ACCELERATOR
-    if (stage > 0) {
-      if (elected()) {
-        copier.store(stage - 1, before.index, 0);
-        copier.fetch(stage - 1 + (int)a.tiling.ring, before.index, 0);
-      }
-      before.next(a.tiling);
+    if (elected()) {
+      wait_barrier(m.barriers + ring + slot.index, slot.phase);
+      copier.store(stage, slot.index, 0);
+      copier.fetch(stage + ring, slot.index, 0);
     }
+    slot.next(a.tiling);
     __syncwarp();
-#endif
-    __syncthreads();
   }
-#if ACCELERATOR
-  if (elected()) copier.store(stages - 1, before.index, 0);
 #endif
 }
 
@@ -233,8 +235,10 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
   const Place at(thread, slice);
   const int pitch = k.across ? capacity * slice : slice;  // of positions in shared memory
   const int readable = at.used ? k.extended : 0;  // positions before this one are there to be read
-  const Exchange exchange = {m.received, shared_address(m.barriers + a.tiling.ring), k.halo, k.own, slice, k.rank, CLUSTER};
-  const bool stores_state = a.state && boxes_of(a.tiling) > 1;  // where the accelerator cannot
+  const Exchange exchange = {m.received, shared_address(m.barriers + 2 * a.tiling.ring), k.halo, k.own, slice, k.rank, CLUSTER};
+  int has_u = a.u != nullptr, has_state = a.state != nullptr;
+  keep_in_register(has_u), keep_in_register(has_state);
+  const bool stores_state = boxes_of(a.tiling) > 1;  // where the accelerator cannot
   const View vy = view_along(k.direction, k.lines, k.batch * a.y_b + k.slot * a.y_d + k.channel, a.y_h, a.y_w);
   int at_wide[RUN], at_narrow[RUN];
   bool own[RUN];
@@ -264,7 +268,8 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
   Slot slot;
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
-    const int lines = min(capacity, k.end - k.begin - stage * capacity);
+    int left = min(capacity, k.end - k.begin - stage * capacity);  // lines of the stage
+    keep_in_register(left);
 #if ACCELERATOR
     wait_barrier(m.barriers + slot.index, slot.phase);
 #endif
@@ -272,9 +277,8 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
     scalar_t* u = m.u + slot.index * m.narrow.elements + first_line * narrow_line;
     const float4* weights = m.weights + (stage & 1) * capacity * (int)a.tiling.weight_pitch + at.first;
     Line next;
-    next.load_from(x, x + lam_after_x, a.u ? u : nullptr, weights, at_wide, at_narrow, own, at.first, readable);
-#pragma unroll 1
-    for (int j = 0; j < lines; ++j) {
+    next.load_from(x, x + lam_after_x, u, has_u, weights, at_wide, at_narrow, own, at.first, readable);
+    while (true) {
       if (CLUSTER > 1 && since == 0 && stage > 0) {
         exchange.take(h, at, exchanges - 1, thread == 0);
         h.publish(previous, at, slice, apart);
@@ -282,13 +286,17 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
       }
       h.step(previous, at, slice, apart, next.source, next.w);
       h.publish(current, at, slice, apart);
-      const bool more = stage * capacity + j + 1 < k.end - k.begin;
+      const bool more = left > 1 || stage + 1 < stages;
       if (CLUSTER > 1 && since == k.halo - 1 && more && at.used) exchange.give(h, at, exchanges);
 #pragma unroll
       for (int r = 0; r < RUN; ++r) {
         if (!own[r]) continue;
-        if (a.state) store(stores_state ? state + r * vy.position : x + at_wide[r], h.value[r]);
-        if (a.u) {
+        if (has_state && stores_state) {
+          store(state + r * vy.position, h.value[r]);
+        } else if (has_state) {
+          store(x + at_wide[r], h.value[r]);
+        }
+        if (has_u) {
           float out[VEC];
 #pragma unroll
           for (int n = 0; n < VEC; ++n) out[n] = to_float(next.gate[r].element[n]) * h.value[r][n];
@@ -301,14 +309,14 @@ __device__ __forceinline__ void consume_stages(const Parameters& a, const Tile& 
       float* const swap = current;
       current = previous, previous = swap;
       if (CLUSTER > 1 && ++since == k.halo) since = 0, ++exchanges;
-      if (j + 1 == lines) break;
+      if (--left == 0) break;
       x += wide_step, u += narrow_step, weights += (int)a.tiling.weight_pitch;
-      next.load_from(x, x + lam_after_x, a.u ? u : nullptr, weights, at_wide, at_narrow, own, at.first, readable);
+      next.load_from(x, x + lam_after_x, u, has_u, weights, at_wide, at_narrow, own, at.first, readable);
       consumer_barrier(consumers);
     }
     slot.next(a.tiling);
     publish_results();
-    __syncthreads();
+    stage_barrier(consumers);
   }
 }
 

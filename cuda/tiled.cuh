@@ -37,6 +37,7 @@ struct Tiling {
   int64 normalize;
   int64 whole;                            // all lines of a stage leave at once: they always are of one chunk
   int64 merged;                           // rows of the accelerator hold several positions or lines: Tile::across
+  int64 adds;                             // dx of all directions is added up in memory, instead of kept apart
 };
 
 // A stage's place in the ring, and the parity of its turn there.
@@ -104,9 +105,11 @@ struct Layout {
 };
 
 #if ACCELERATOR
-// A barrier that one thread arrives at, telling how many bytes the accelerator will bring.
+// Barriers that one thread arrives at: of what comes telling how many bytes the accelerator will bring, of what is done when
+// it is.
 __device__ __forceinline__ void start_barrier(int64* barrier) { barrier_init(shared_address(barrier), 1); }
 __device__ __forceinline__ void expect_bytes(int64* barrier, int bytes) { barrier_expect(shared_address(barrier), bytes); }
+__device__ __forceinline__ void finish_stage(int64* barrier) { barrier_arrive(shared_address(barrier)); }
 __device__ __forceinline__ void wait_barrier(int64* barrier, int phase) { barrier_wait(shared_address(barrier), phase); }
 
 // Where a box begins, in the dimensions of its map.
@@ -128,6 +131,10 @@ __device__ __forceinline__ void copy_stage(const scalar_t* to, const Layout& lay
 // ---- barriers and clusters ----------------------------------------------------------------------
 
 __device__ __forceinline__ void consumer_barrier(int threads) { barrier_of<1>(threads); }
+
+// Ends a stage, for consumers and weighers: the weights of the next one are there, and those of this one are used. The
+// copier does not meet them; it is told when there is something to store, and has until the ring comes round for it.
+__device__ __forceinline__ void stage_barrier(int consumers) { barrier_of<3>(consumers + WEIGHERS); }
 
 // Before the first stage: the blocks of a cluster start together, and each other's barriers are there.
 template <int CLUSTER> __device__ __forceinline__ void cluster_barrier() {

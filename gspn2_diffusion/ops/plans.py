@@ -29,6 +29,7 @@ class Problem:
         chunk: lines after which the hidden state restarts, 0 for never.
         itemsize: bytes of an element.
         touching: neighbouring positions of a row touch in memory, in every operand.
+        adding: the accelerator adds up dx of all directions in memory, rounding each time, in no fixed order.
     """
 
     batch: int
@@ -41,6 +42,7 @@ class Problem:
     itemsize: int
     backward: bool
     touching: bool = False
+    adding: bool = False
 
     @property
     def per_group(self) -> int:
@@ -129,6 +131,7 @@ class Plan:
     boxes: int = 1  # a line's positions are copied in so many boxes
     ring: int = 0  # stages in shared memory
     whole: bool = False  # all lines of a stage are stored at once
+    adds: bool = False  # dx of all directions is added up in memory
 
 
 def _power_of_two(n: int) -> int:
@@ -277,6 +280,7 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
             int(normalize),
             int(whole),
             int(tile.merged),
+            int(problem.adding),
         ),
         channel_slices=slices // problem.groups,
         tile=tile,
@@ -284,6 +288,7 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
         boxes=boxes,
         ring=ring,
         whole=whole,
+        adds=problem.adding,
     )
 
 
@@ -350,4 +355,4 @@ def tiled_shared_bytes(
     per_warp = 32 // (tile.slice // tile.vec)
     border = consumers // 32 * per_warp + 2 if tile.run == 1 else 2 * (consumers // 32 + 2)
     states = 4 * tile.slice * (2 * border + 4 * tile.halo)
-    return ring * (stages + 8) + 2 * 8 + weights + states
+    return ring * (stages + 2 * 8) + 2 * 8 + weights + states
