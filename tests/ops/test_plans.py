@@ -134,13 +134,9 @@ def test_measured_tiles_are_for_what_was_measured():
 @pytest.mark.parametrize(
     ("size", "channels", "backward", "tile", "poor"),
     [
-        (
-            256,
-            144,
-            True,
-            Tile(8, 1, 48, 8, 4, 2),
-            True,
-        ),  # backward, slices of 48 in clusters are for large pictures
+        # backward, slices of 48 in clusters are for large pictures
+        (128, 144, True, Tile(8, 1, 48, 8, 4, 2), True),
+        (256, 144, True, Tile(8, 1, 48, 8, 4, 2), False),
         (512, 144, True, Tile(8, 1, 48, 8, 4, 1), False),
         (512, 48, True, Tile(8, 1, 48, 8, 4, 1), True),  # and for more channels than that
         (256, 144, False, Tile(8, 1, 48, 8, 4, 2), False),
