@@ -76,11 +76,10 @@ class Plane:
 FAMILIES: dict[str, Any] = {"tiled": Tiled, "plane": Plane}
 
 
-def problem_of(shape: tuple[int, ...], backward: bool, adding: bool = False) -> Problem:
+def problem_of(shape: tuple[int, ...], backward: bool) -> Problem:
     batch, height, width, channels = shape
     touching = channels < SMALL_CHANNELS
-    directions = tuple(DIRECTIONS)
-    return Problem(batch, height, width, channels, 1, directions, 0, 2, backward, touching, adding)
+    return Problem(batch, height, width, channels, 1, tuple(DIRECTIONS), 0, 2, backward, touching)
 
 
 def run(
@@ -98,16 +97,11 @@ def differs(got: list[torch.Tensor], want: list[torch.Tensor]) -> bool:
 
 
 def measure(
-    family: Any,
-    shape: tuple[int, int, int, int],
-    backward: bool,
-    seconds: float,
-    likely: bool = False,
-    adding: bool = False,
+    family: Any, shape: tuple[int, int, int, int], backward: bool, seconds: float, likely: bool = False
 ) -> list[dict[str, Any]]:
     """Milliseconds of as many tiles as fit into the time: those that are likely to be quick, or any."""
     device = torch.cuda.current_device()
-    limit, problem = cupy_backend.shared_limit(device), problem_of(shape, backward, backward and adding)
+    limit, problem = cupy_backend.shared_limit(device), problem_of(shape, backward)
     found = [
         (t, family.plan(problem, t, True, limit))
         for t in family.candidates(problem, cupy_backend.clusters(device))
@@ -245,7 +239,6 @@ def main() -> None:
         "--shapes", nargs="+", type=parse_shape, help="only these, B x H x W x C: 1x64x64x144"
     )
     parser.add_argument("--likely", action="store_true", help="by their estimates, not at random")
-    parser.add_argument("--adding", action="store_true", help="backward with dx added up in memory")
     parser.add_argument("--fit", type=Path, nargs="+", help="results of this program, instead of measuring")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--commit", default=None, help="commit to record where there is no git history")
@@ -272,9 +265,7 @@ def main() -> None:
         shapes = options.shapes or (PLANES if plane else SHAPES)
         todo = list(itertools.product(shapes, passes))
         for shape, backward in todo:
-            rows = measure(
-                family, shape, backward, options.seconds / len(todo), options.likely, options.adding
-            )
+            rows = measure(family, shape, backward, options.seconds / len(todo), options.likely)
             cases.append({"shape": list(shape), "backward": backward, "tiles": rows})
             report(family, cases[-1], limit, processors)
             torch.cuda.empty_cache()

@@ -250,13 +250,6 @@ __device__ __forceinline__ void store_box(const Map& map, int channel, int posit
       "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4, %5}], [%6];" ::"l"(&map),
       "r"(channel), "r"(position), "r"(line), "r"(slot), "r"(batch), "r"(shared_address(from)) : "memory");
 }
-// Adds a box to what is in memory, which rounds each time; in no fixed order.
-__device__ __forceinline__ void add_box(const Map& map, int channel, int position, int line, int slot, int batch,
-                                        const scalar_t* from) {
-  asm volatile(
-      "cp.reduce.async.bulk.tensor.5d.global.shared::cta.add.tile.bulk_group [%0, {%1, %2, %3, %4, %5}], [%6];" ::"l"(&map),
-      "r"(channel), "r"(position), "r"(line), "r"(slot), "r"(batch), "r"(shared_address(from)) : "memory");
-}
 __device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 __device__ __forceinline__ void wait_stores() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 // Makes what this thread wrote to shared memory visible to the accelerator.

@@ -87,13 +87,6 @@ struct Copier {
     const int line = k.end - 1 - step;
     return k.direction & 1 ? k.lines - 1 - line : line - capacity + 1;
   }
-  __device__ void leave_dx(int kind, int channel, int position, int line, const scalar_t* from) const {
-    if (a.tiling.adds) {
-      add_box(a.dx_map[kind], channel, position, line, 0, k.batch, from);
-    } else {
-      store_box(a.dx_map[kind], channel, position, line, k.slot, k.batch, from);
-    }
-  }
   // Of `count` steps of a stage from the j-th on, the lowest line's place in shared memory.
   __device__ int lowest_of(int count, int j) const { return k.direction & 1 ? j : capacity - count - j; }
   __device__ void store(int stage, int slot, int) const {
@@ -112,7 +105,7 @@ struct Copier {
         const int from = n * m.narrow.box_elements + place * m.narrow.box_positions * slice;
         const int position = first + n * m.narrow.box_positions;
         if (a.dlam) store_box(a.dlam_map[kind], k.channel, position, low + place, k.slot, k.batch, dlam + from);
-        if (a.dx) leave_dx(kind, k.channel, position, low + place, dx + from);
+        if (a.dx) store_box(a.dx_map[kind], k.channel, position, low + place, k.slot, k.batch, dx + from);
       }
     }
 #pragma unroll 1
@@ -123,7 +116,7 @@ struct Copier {
     }
     if (k.across) {
       if (a.dlam) store_box(a.dlam_map[kind], low * slice, first, 0, k.slot, k.batch, dlam);
-      if (a.dx) leave_dx(kind, low * slice, first, 0, dx);
+      if (a.dx) store_box(a.dx_map[kind], low * slice, first, 0, k.slot, k.batch, dx);
       if (a.du) store_box(a.du_map[kind], low * slice, first, 0, k.slot, k.batch, du + k.halo * capacity * slice);
     }
     commit_stores();

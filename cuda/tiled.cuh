@@ -37,7 +37,6 @@ struct Tiling {
   int64 normalize;
   int64 whole;                            // all lines of a stage leave at once: they always are of one chunk
   int64 merged;                           // rows of the accelerator hold several positions or lines: Tile::across
-  int64 adds;                             // dx of all directions is added up in memory, instead of kept apart
 };
 
 // A stage's place in the ring, and the parity of its turn there.

@@ -288,7 +288,7 @@ def backward_launch(
         Mapped(1, OWN, x[:3]),
         Mapped(3, OWN, lam[:4]),
         Mapped(5, AROUND, state[:4]),
-        Mapped(6, STORE, dx[:3] if plan.adds else dx),
+        Mapped(6, STORE, dx),
         Mapped(8, STORE, state[:4]),
         Mapped(9, STORE_WIDE, state[:4]),
     )

@@ -29,7 +29,6 @@ class Problem:
         chunk: lines after which the hidden state restarts, 0 for never.
         itemsize: bytes of an element.
         touching: neighbouring positions of a row touch in memory, in every operand.
-        adding: the accelerator adds up dx of all directions in memory, rounding each time, in no fixed order.
     """
 
     batch: int
@@ -42,7 +41,6 @@ class Problem:
     itemsize: int
     backward: bool
     touching: bool = False
-    adding: bool = False
 
     @property
     def per_group(self) -> int:
@@ -131,7 +129,6 @@ class Plan:
     boxes: int = 1  # a line's positions are copied in so many boxes
     ring: int = 0  # stages in shared memory
     whole: bool = False  # all lines of a stage are stored at once
-    adds: bool = False  # dx of all directions is added up in memory
 
 
 def _power_of_two(n: int) -> int:
@@ -280,7 +277,6 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
             int(normalize),
             int(whole),
             int(tile.merged),
-            int(problem.adding),
         ),
         channel_slices=slices // problem.groups,
         tile=tile,
@@ -288,7 +284,6 @@ def tiled_plan(problem: Problem, tile: Tile, normalize: bool, shared_limit: int)
         boxes=boxes,
         ring=ring,
         whole=whole,
-        adds=problem.adding,
     )
 
 

@@ -152,8 +152,6 @@ def line_scan_backward(
     if launch.plan.source in cupy_backend.GENERIC:
         dx = None if dx is None else dx.sum(0).to(x.dtype)
         dweight = None if dweight is None else dweight.sum(0).to(x.dtype)
-    elif launch.plan.adds:
-        _, dweight = _finish(None, dweight, x, weight, setting)
     elif launch.plan.source in cupy_backend.PLANE:
         dx, _ = _finish(dx, None, x, weight, setting)
     else:
@@ -168,9 +166,7 @@ def _partial_gradients(
     batch, height, width, directions, groups, _ = weight.shape
     generic = plan.source in cupy_backend.GENERIC
     dx = dweight = None
-    if want_x and plan.adds:
-        dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device)  # not parts, but the whole
-    elif want_x:
+    if want_x:
         dtype = torch.float32 if generic else x.dtype
         dx = torch.empty((directions, *x.shape), dtype=dtype, device=x.device)
     if want_weight and plan.source in cupy_backend.PLANE:

@@ -168,25 +168,16 @@ inline void copy_box(const scalar_t* to, const Map& map, int channel, int positi
             [&](int64 offset, int64 n) { target[n] = offset < 0 ? (scalar_t)0 : from[offset]; });
   });
 }
-// Calls write(what is there, what comes) for the elements of a box, once the stores are waited for.
-template <typename F>
-void write_box(const Map& map, int channel, int position, int line, int slot, int batch, const scalar_t* from, F write) {
+inline void store_box(const Map& map, int channel, int position, int line, int slot, int batch, const scalar_t* from) {
   box_elements(map);
   if (position < 0 || line < 0 || line + map.box[2] > map.size[2]) emulator::fail("a store of lines that are not there");
   const auto* const source = reinterpret_cast<const scalar_t*>(emulator::pointer(shared_address(from), 128));
   emulator::current->stores.push_back([=, map = map] {
     auto* const to = reinterpret_cast<scalar_t*>(map.address);
     for_box(map, {channel, position, line, slot, batch}, [&](int64 offset, int64 n) {
-      if (offset >= 0) write(to[offset], source[n]);
+      if (offset >= 0) to[offset] = source[n];
     });
   });
-}
-inline void store_box(const Map& map, int channel, int position, int line, int slot, int batch, const scalar_t* from) {
-  write_box(map, channel, position, line, slot, batch, from, [](scalar_t& there, scalar_t value) { there = value; });
-}
-inline void add_box(const Map& map, int channel, int position, int line, int slot, int batch, const scalar_t* from) {
-  write_box(map, channel, position, line, slot, batch, from,
-            [](scalar_t& there, scalar_t value) { there = from_float(to_float(there) + to_float(value)); });
 }
 inline void commit_stores() {}
 inline void wait_stores() {
