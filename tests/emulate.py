@@ -116,7 +116,7 @@ def emulated(patch: pytest.MonkeyPatch) -> Iterator[None]:
     patch.setattr(cupy_backend, "has_accelerator", lambda device: True)
     patch.setattr(cupy_backend, "tensor_map", tensor_map)
     patch.setattr(cupy_backend, "clusters", lambda device: (1, 2))
-    patch.setattr(torch.cuda, "current_device", lambda: None)  # the index of the processor
+    patch.setattr(cupy_backend, "current_device", lambda: None)  # the index of the processor
     try:
         with poisoned_memory():
             yield

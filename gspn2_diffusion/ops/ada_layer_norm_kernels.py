@@ -117,7 +117,7 @@ def normalise(
         shift, scale: such that :func:`fits`.
     """
     index = x.device.index
-    if torch.cuda.current_device() != index:
+    if cupy_backend.current_device() != index:
         with torch.cuda.device(index):
             return normalise(x, shift, scale, eps, out_dtype, keep)
     x, (shift, scale) = _aligned(x), _same_strides(shift, scale)
@@ -148,7 +148,7 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of ``x, shift, scale`` in their shapes and dtypes, None where not wanted."""
     index = x.device.index
-    if torch.cuda.current_device() != index:
+    if cupy_backend.current_device() != index:
         with torch.cuda.device(index):
             return gradients(dy, x, shift, scale, stats, wanted)
     dy, x, factor = _aligned(dy.contiguous()), _aligned(x), _aligned(scale)

@@ -332,15 +332,14 @@ class Packed:
         self.arguments, _ = self._addresses.buffer_info()  # where the driver finds the argument's address
 
 
-# Private, but the public call makes an object each time.
-_raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-
-
-def current_stream(device: int) -> int:
-    """The handle of torch's current stream on a device."""
-    if _raw_stream is not None:
-        return int(_raw_stream(device))
+def _stream_of(device: int) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+# The handle of torch's current stream on a device, and the device that is current. Private, but the public
+# calls make an object each time and look whether CUDA has started, as it has where there are tensors.
+current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _stream_of)
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
 def variant_of(plan: Plan, dtype: torch.dtype) -> Variant:

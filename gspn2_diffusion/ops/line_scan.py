@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gspn2_diffusion.ops import cupy_backend, scan_kernels
-from gspn2_diffusion.ops.launches import Call, Launch, describe
+from gspn2_diffusion.ops.launches import Launch, describe
 from gspn2_diffusion.ops.reference import line_scan_reference
 from gspn2_diffusion.ops.torch_library import LineScan, line_scan_forward
 
@@ -78,7 +77,7 @@ def line_scan(
     """
     eager = not torch.compiler.is_compiling() and backend != "reference"
     launch = None
-    if eager and not torch.is_autocast_enabled("cuda"):
+    if eager and not torch.is_autocast_enabled():  # for CUDA; its name would have to be parsed
         launch = _known(x, weight, lam, u, directions, chunk_size, normalize, backend)
     if launch is None and torch.is_autocast_enabled(device_type := _check_tensors(x, weight, lam, u)):
         x, weight, lam, u = _cast(device_type, x, weight, lam, u)
@@ -98,19 +97,41 @@ def line_scan(
     call = describe(x, weight, lam, u, tuple(codes), chunk, normalize)
     if len(_kept) >= _MOST_KEPT:
         _kept.clear()
-    _kept[backend, call] = launch = scan_kernels.kept_launch(call)
+    launch = scan_kernels.kept_launch(call)
+    _kept[_key(x, weight, lam, u, tuple(directions), chunk_size, normalize, backend)] = launch
     return _run(launch, x, weight, lam, u)
 
 
-# Launches by backend and all that a call depends on but the addresses: what was found right once is looked up
-# instead of checked. By backend, since "auto" has to say what it chose.
-_kept: dict[tuple[str, Call], Launch] = {}
+# Launches by all that a call depends on but the addresses: what was found right once is looked up instead of
+# checked. By backend, too, since "auto" has to say what it chose.
+_kept: dict[tuple[Any, ...], Launch] = {}
 _MOST_KEPT = 4096
-_CODES = {
-    names: tuple(map(DIRECTIONS.index, names))
-    for count in range(1, len(DIRECTIONS) + 1)
-    for names in itertools.permutations(DIRECTIONS, count)
-}
+
+
+def _key(x: Tensor, weight: Tensor, lam: Tensor, u: Tensor | None, *options: Any) -> tuple[Any, ...]:
+    """What a call is known by; flat, since every tuple inside of another costs the host time."""
+    addresses, gate = x.data_ptr() | lam.data_ptr(), None
+    if u is not None:
+        addresses |= u.data_ptr()
+        gate = (u.shape, u.stride(), u.dtype, u.get_device())
+    return (
+        options,
+        addresses & 15,
+        weight.data_ptr() & 15,
+        x.shape,
+        x.stride(),
+        x.dtype,
+        x.get_device(),
+        weight.shape,
+        weight.stride(),
+        weight.dtype,
+        weight.get_device(),
+        lam.shape,
+        lam.stride(),
+        lam.dtype,
+        lam.get_device(),
+        gate,
+    )
 
 
 def _known(
@@ -129,20 +150,15 @@ def _known(
         and type(weight) in _EAGER_TYPES
         and type(lam) in _EAGER_TYPES
         and (u is None or type(u) in _EAGER_TYPES)
-        and type(directions) is tuple
-        and (chunk_size is None or (type(chunk_size) is int and chunk_size > 0))
+        and (chunk_size is None or type(chunk_size) is int)  # 1.0 and True would be taken for 1
         and type(normalize) is bool
-        and type(backend) is str
         and x.is_cuda
     ):
         return None
     try:
-        codes = _CODES.get(directions)
-    except TypeError:  # names of directions that are no names
+        return _kept.get(_key(x, weight, lam, u, directions, chunk_size, normalize, backend))
+    except TypeError:  # a list of directions, and what is none
         return None
-    if codes is None:
-        return None
-    return _kept.get((backend, describe(x, weight, lam, u, codes, chunk_size or 0, normalize)))
 
 
 def _needs_gradient(x: Tensor, weight: Tensor, lam: Tensor, u: Tensor | None) -> bool:

@@ -95,7 +95,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, flip: bool = False)
         flip: use the taps the other way round, as the gradient of ``x`` does.
     """
     index = x.device.index
-    if torch.cuda.current_device() != index:
+    if cupy_backend.current_device() != index:
         with torch.cuda.device(index):
             return convolve(x, weight, bias, flip)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -112,7 +112,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, flip: bool = False)
 def weight_gradients(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients ``(C, 1, 3, 3)`` and ``(C,)`` of weight and bias in float32, summed in a fixed order."""
     index, channels = x.device.index, x.shape[-1]
-    if torch.cuda.current_device() != index:
+    if cupy_backend.current_device() != index:
         with torch.cuda.device(index):
             return weight_gradients(dy, x)
     if x.numel() == 0:

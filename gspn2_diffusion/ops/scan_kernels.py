@@ -64,7 +64,7 @@ def line_scan_forward(
 def kept_launch(call: Call, plan: Plan | None = None) -> Launch:
     """What :func:`run_forward` takes; made once for every call and plan."""
     index = call.setting.device
-    if torch.cuda.current_device() != index:
+    if cupy_backend.current_device() != index:
         with torch.cuda.device(index):
             return kept_launch(call, plan)
     cupy_backend.bind(index)
@@ -76,7 +76,7 @@ def run_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`line_scan_forward` of tensors of which :func:`describe` tells what the launch was made for."""
     index = launch.device
-    if torch.cuda.current_device() != index:
+    if cupy_backend.current_device() != index:
         with torch.cuda.device(index):
             return run_forward(launch, x, weight, lam, u, save_state)
     y, state = torch.empty_like(lam), None
@@ -117,7 +117,7 @@ def line_scan_backward(
         ``u`` are laid out as ``state``, that of ``weight`` as it is or contiguous, that of ``x`` contiguous.
     """
     index = x.device.index
-    if torch.cuda.current_device() != index:
+    if cupy_backend.current_device() != index:
         options = (directions, chunk_size, normalize, wanted, plan)
         with torch.cuda.device(index):
             return line_scan_backward(dy, x, weight, lam, u, state, *options)
