@@ -34,7 +34,21 @@ PROBLEMS = {
     1: "nothing could go on: a deadlock",
     2: "something was sent that nobody waited for",
     3: "a rule is broken",
+    4: "threads race for shared memory",
 }
+
+
+_COMPILER = ("g++", "-std=c++17", "-fno-strict-aliasing", "-fPIC", "-w", "-Wno-unknown-pragmas")
+
+
+@functools.cache
+def race_checks() -> bytes:
+    """``races.cpp``, compiled: what is called for every access to memory."""
+    with tempfile.TemporaryDirectory(prefix="emulated-") as folder:
+        target = Path(folder) / "races.o"
+        command = (*_COMPILER, "-O2", "-c", "-o", target, HERE / "races.cpp")
+        subprocess.run(command, check=True)
+        return target.read_bytes()
 
 
 @functools.cache
@@ -48,25 +62,15 @@ extern "C" int emulate(const void* parameters, int grid, int threads, int shared
   return emulator::launch(grid, threads, {variant.blocks}, shared_bytes, seed, [&] {{ {entry}(p); }});
 }}
 """
-    folder = Path(tempfile.mkdtemp(prefix="emulated-"))
-    (folder / "kernel.cpp").write_text(code)
-    target = folder / "kernel.so"
-    command = [
-        "g++",
-        "-std=c++17",
-        "-O0",
-        "-fno-strict-aliasing",
-        "-shared",
-        "-fPIC",
-        "-w",
-        "-Wno-unknown-pragmas",
-    ]
-    subprocess.run([*command, "-o", target, folder / "kernel.cpp"], check=True)
-    loaded = ctypes.CDLL(os.fspath(target))
-    (folder / "kernel.cpp").unlink()
-    target.unlink()
-    folder.rmdir()
-    return loaded
+    with tempfile.TemporaryDirectory(prefix="emulated-") as name:
+        folder = Path(name)
+        (folder / "kernel.cpp").write_text(code)
+        (folder / "races.o").write_bytes(race_checks())  # instead of the sanitizer's own library
+        command = (*_COMPILER, "-O0", "-fsanitize=thread", "-c", "kernel.cpp")
+        subprocess.run(command, check=True, cwd=folder)
+        command = ("g++", "-shared", "-o", "kernel.so", "kernel.o", "races.o")
+        subprocess.run(command, check=True, cwd=folder)
+        return ctypes.CDLL(os.fspath(folder / "kernel.so"))
 
 
 def starter(
@@ -74,8 +78,12 @@ def starter(
 ) -> Callable[[cupy_backend.Packed], None]:
     """What :func:`cupy_backend.starter` does, for tensors in main memory.
 
+    Args:
+        seed: of the order in which warps run.
+
     Raises:
-        RuntimeError: when it is called, and the kernel hangs or breaks a rule.
+        RuntimeError: when it is called, and the kernel hangs, breaks a rule or accesses shared memory in no
+            order with other threads.
     """
     emulate = library(cupy_backend.variant_of(plan, dtype), plan.entry).emulate
 

@@ -52,6 +52,7 @@ template <int SIZE> void copy_async(unsigned to, const void* from, int bytes) {
   char* const target = emulator::pointer(to, SIZE);
   if (bytes > 0 && reinterpret_cast<uintptr_t>(from) % SIZE) emulator::fail("a copy from an unaligned address");
   memset(target, 0xff, SIZE);  // nothing to be read yet
+  races::write(target, SIZE);
   emulator::current->open.push_back({target, static_cast<const char*>(from), SIZE, bytes});
 }
 inline void commit_copies_async() {
@@ -62,6 +63,7 @@ template <int PENDING> void wait_copies_async() {
   auto& groups = emulator::current->groups;
   while (groups.size() > PENDING) {
     for (const auto& c : groups.front()) {
+      races::write(c.to, c.size);
       memset(c.to, 0, c.size);
       if (c.bytes > 0) memcpy(c.to, c.from, c.bytes);
     }
@@ -79,6 +81,7 @@ inline void barrier_arrive(unsigned barrier) {
   if (!b.made) emulator::fail("a barrier that was not made");
   if (b.pending == 0) emulator::fail("too many arrivals");
   --b.pending;
+  races::release(emulator::coming(block, barrier));
   emulator::settle(block, barrier, b);
 }
 inline void barrier_expect(unsigned barrier, int bytes) {
@@ -88,14 +91,12 @@ inline void barrier_expect(unsigned barrier, int bytes) {
 inline void barrier_wait(unsigned barrier, int phase) {
   auto* const block = emulator::current->block;
   emulator::wait_until([&] { return (block->barrier(barrier).phase & 1) != phase; });
+  races::acquire(emulator::brought(*block, barrier));
 }
 
 template <int CLUSTER> void start_together() {
   if (CLUSTER == 1) return __syncthreads();
-  const long generation = emulator::cluster_generation;
-  if (++emulator::cluster_arrived == emulator::block_threads * CLUSTER)
-    emulator::cluster_arrived = 0, ++emulator::cluster_generation;
-  emulator::wait_until([&] { return emulator::cluster_generation != generation; });
+  emulator::gather(emulator::gathering, emulator::block_threads * CLUSTER);
 }
 inline unsigned remote_address(unsigned local, int rank) {
   if (rank < 0 || rank >= (int)emulator::cluster.size()) emulator::fail("no such block in the cluster");
@@ -108,7 +109,7 @@ template <int COUNT> void send_some(unsigned to, unsigned barrier, const float (
   for (auto& t : block.threads) alive = alive || !t->done;
   if (!alive) emulator::fail("sends to a block that has ended");
   std::vector<float> kept(values, values + COUNT);
-  emulator::send(block, barrier, 4 * COUNT, [=] { memcpy(target, kept.data(), 4 * COUNT); });
+  emulator::send(block, barrier, target, 4 * COUNT, [=] { memcpy(target, kept.data(), 4 * COUNT); });
 }
 inline void send_floats(unsigned to, unsigned barrier, float a, float b, float c, float d) {
   send_some<4>(to, barrier, {a, b, c, d});
@@ -120,11 +121,7 @@ inline void commit_copies() { commit_copies_async(); }
 template <int PENDING> void wait_copies() { wait_copies_async<PENDING>(); }
 
 template <int NUMBER> void barrier_of(int threads) {
-  auto& all = emulator::current->block->named;
-  auto& b = all[NUMBER];
-  const long generation = b.generation;
-  if (++b.arrived == threads) b.arrived = 0, ++b.generation, ++emulator::progress;
-  emulator::wait_until([&all, generation] { return all[NUMBER].generation != generation; });
+  emulator::gather(emulator::current->block->named[NUMBER], threads);
 }
 
 // As tests/emulate.py makes it: address, sizes, strides and box in elements.
@@ -155,14 +152,14 @@ inline int64 box_elements(const Map& map) {
 }
 inline bool elected() { return threadIdx.x % 32 == 0; }
 inline void publish_barriers() {}
-inline void publish_results() {}
+inline void publish_results() { races::publish(); }
 inline void copy_box(const scalar_t* to, const Map& map, int channel, int position, int line, int slot, int batch,
                      int64* barrier) {
   const int bytes = (int)(box_elements(map) * sizeof(scalar_t));
   auto* const target = reinterpret_cast<scalar_t*>(emulator::pointer(shared_address(to), 128));
   emulator::pointer(shared_address(to) + (bytes - 1) / 128 * 128, 128);
   memset(target, 0xff, bytes);  // nothing to be read yet
-  emulator::send(*emulator::current->block, shared_address(barrier), bytes, [=, map = map] {
+  emulator::send(*emulator::current->block, shared_address(barrier), target, bytes, [=, map = map] {
     const auto* const from = reinterpret_cast<const scalar_t*>(map.address);
     for_box(map, {channel, position, line, slot, batch},
             [&](int64 offset, int64 n) { target[n] = offset < 0 ? (scalar_t)0 : from[offset]; });
@@ -172,6 +169,9 @@ inline void store_box(const Map& map, int channel, int position, int line, int s
   box_elements(map);
   if (position < 0 || line < 0 || line + map.box[2] > map.size[2]) emulator::fail("a store of lines that are not there");
   const auto* const source = reinterpret_cast<const scalar_t*>(emulator::pointer(shared_address(from), 128));
+  for_box(map, {channel, position, line, slot, batch}, [&](int64 offset, int64 n) {
+    if (offset >= 0) races::read_by_accelerator(source + n, sizeof(scalar_t));
+  });
   emulator::current->stores.push_back([=, map = map] {
     auto* const to = reinterpret_cast<scalar_t*>(map.address);
     for_box(map, {channel, position, line, slot, batch}, [&](int64 offset, int64 n) {

@@ -1,7 +1,7 @@
 // Runs the kernels on the processor: every thread of a cluster is a fiber, and a scheduler lets the warps run in
 // random order. Asynchronous copies arrive as late as they may, their targets are poisoned until then; other blocks'
 // floats, and what the tensor memory accelerator copies, arrive after a random delay. What it stores leaves when it is
-// waited for. Only the logic is checked, not the memory model of a GPU.
+// waited for. Only the logic is checked, not the memory model of a GPU; races.hpp checks the order of accesses.
 #pragma once
 #include <ucontext.h>
 
@@ -17,6 +17,8 @@
 #include <random>
 #include <vector>
 
+#include "races.hpp"
+
 #define __device__
 #define __global__
 #define __forceinline__ inline
@@ -30,10 +32,11 @@ struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(8) uint2 { unsigned x, y; };
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+// Not functions: -fsanitize=thread does not see what a function's result is written to.
+#define make_float4(x, y, z, w) (float4{x, y, z, w})
+#define make_float2(x, y) (float2{x, y})
+#define make_uint4(x, y, z, w) (uint4{x, y, z, w})
+#define make_uint2(x, y) (uint2{x, y})
 template <typename T> T min(T a, T b) { return b < a ? b : a; }
 template <typename T> T max(T a, T b) { return a < b ? b : a; }
 inline unsigned __funnelshift_r(unsigned low, unsigned high, int shift) {
@@ -77,9 +80,10 @@ struct Thread {
 };
 
 // What arrives later: `write` puts it into a block's shared memory, whose barrier then counts the bytes.
-struct Delivery { Block* block; unsigned barrier; int bytes, delay; std::function<void()> write; };
+struct Delivery { Block* block; unsigned barrier; int bytes, delay; long copy; std::function<void()> write; };
 
-struct Gathering { int arrived; long generation; };
+// A barrier of some number of threads.
+struct Gathering { int arrived = 0; long generation = 0; };
 
 struct Block {
   std::vector<char> memory;
@@ -87,8 +91,8 @@ struct Block {
   char* base;
   std::vector<Warp> warps;
   std::vector<std::unique_ptr<Thread>> threads;
-  int index, rank, arrived = 0;
-  long generation = 0;
+  int index, rank;
+  Gathering all;
   std::vector<std::pair<unsigned, Barrier>> barriers;
   Barrier& barrier(unsigned address) {
     for (auto& b : barriers)
@@ -103,8 +107,9 @@ inline ucontext_t scheduler;
 inline std::vector<std::unique_ptr<Block>> cluster;
 inline std::deque<Delivery> deliveries;
 inline std::mt19937 random;
-inline int cluster_arrived = 0, block_threads = 0, grid_size = 0;
-inline long cluster_generation = 0, progress = 0;
+inline int block_threads = 0, grid_size = 0;
+inline long progress = 0;
+inline Gathering gathering;  // of the cluster
 inline std::function<void()> body;
 inline const char* failure = nullptr;
 
@@ -117,6 +122,16 @@ inline void fail(const char* what) {
 template <typename F> void wait_until(F condition) {
   while (!condition()) yield();
   ++progress;
+}
+
+inline void gather(Gathering& g, int count) {
+  const long generation = g.generation;
+  const void* const key = reinterpret_cast<const char*>(&g) + (generation & 1);
+  if (g.arrived == 0) races::forget(key);
+  races::release(key);
+  if (++g.arrived == count) g.arrived = 0, ++g.generation, ++progress;
+  wait_until([&] { return g.generation != generation; });
+  races::acquire(key);
 }
 
 inline Warp& warp() { return current->block->warps[current->index / 32]; }
@@ -155,13 +170,19 @@ inline char* pointer(unsigned address, int size) {
   return b.base + offset;
 }
 
+// By which races.hpp knows a barrier in shared memory: what has come to it, what its last phase brought.
+inline const void* coming(const Block& block, unsigned barrier) { return block.base + (barrier & 0xffffffu); }
+inline const void* brought(const Block& block, unsigned barrier) { return block.base + (barrier & 0xffffffu) + 1; }
+
 inline void settle(Block& block, unsigned address, Barrier& b) {
-  (void)block, (void)address;
-  if (b.pending == 0 && b.bytes == 0) b.pending = b.expected, ++b.phase, ++progress;
+  if (b.pending != 0 || b.bytes != 0) return;
+  b.pending = b.expected, ++b.phase, ++progress;
+  races::pass_on(coming(block, address), brought(block, address));
 }
 
-inline void send(Block& block, unsigned barrier, int bytes, std::function<void()> write) {
-  deliveries.push_back({&block, barrier & 0xffffffu, bytes, 1 + (int)(random() % 8), std::move(write)});
+inline void send(Block& block, unsigned barrier, const void* to, int bytes, std::function<void()> write) {
+  const long copy = races::send(to, bytes, coming(block, barrier));
+  deliveries.push_back({&block, barrier & 0xffffffu, bytes, 1 + (int)(random() % 8), copy, std::move(write)});
 }
 
 inline void deliver() {
@@ -169,6 +190,7 @@ inline void deliver() {
     Delivery& d = deliveries[n];
     if (--d.delay > 0) { ++n; continue; }
     d.write();
+    races::arrive(d.copy, coming(*d.block, d.barrier));
     Barrier& b = d.block->barrier(d.barrier);
     b.bytes -= d.bytes;
     settle(*d.block, d.barrier, b);
@@ -206,6 +228,9 @@ inline void make_cluster(int first, int blocks, int threads, int shared_bytes) {
     }
     cluster.push_back(std::move(b));
   }
+  std::vector<char*> bases;
+  for (const auto& b : cluster) bases.push_back(b->base);
+  races::begin(blocks, threads, bases.data(), shared_bytes);
 }
 
 // Returns 0, or 1 where nothing could go on.
@@ -224,10 +249,16 @@ inline int run_cluster() {
       if (index >= block->threads.size() || block->threads[index]->done) continue;
       Thread* t = block->threads[index].get();
       current = t;
+      races::run_as(block->rank * block_threads + t->index);
       swapcontext(&scheduler, &t->context);
+      races::run_as(-1);
       alive = alive || !t->done;
     }
     if (failure) return 3;
+    if (const char* what = races::found()) {
+      fprintf(stderr, "emulator: %s\n", what);
+      return 4;
+    }
     deliver();
     if (!alive) warps.erase(warps.begin() + pick);
     idle = progress == before ? idle + 1 : 0;
@@ -239,7 +270,7 @@ inline int run_cluster() {
 inline int launch(int grid, int threads, int blocks, int shared_bytes, unsigned seed, std::function<void()> kernel) {
   failure = nullptr, random.seed(seed), block_threads = threads, grid_size = grid, body = std::move(kernel);
   for (int first = 0; first < grid; first += blocks) {
-    deliveries.clear(), cluster_arrived = 0;
+    deliveries.clear(), gathering = {};
     make_cluster(first, blocks, threads, shared_bytes);
     if (const int status = run_cluster()) return status;
   }
@@ -256,12 +287,14 @@ inline Index thread_index{{[] { return current->index; }}}, block_index{{[] { re
 #define blockDim emulator::block_dim
 #define gridDim emulator::grid_dim
 
-inline void __syncwarp() { emulator::meet(emulator::warp().all, 0xffffffffu); }
+inline void __syncwarp() {
+  auto& m = emulator::warp().all;
+  const void* const key = reinterpret_cast<const char*>(&m) + (m.generation & 1);
+  if (m.arrived == 0) races::forget(key);
+  races::release(key);
+  emulator::meet(m, 0xffffffffu);
+  races::acquire(key);
+}
 inline int __clz(int value) { return value ? __builtin_clz((unsigned)value) : 32; }
 
-inline void __syncthreads() {
-  auto& b = *emulator::current->block;
-  const long generation = b.generation;
-  if (++b.arrived == emulator::block_threads) b.arrived = 0, ++b.generation, ++emulator::progress;
-  emulator::wait_until([&] { return b.generation != generation; });
-}
+inline void __syncthreads() { emulator::gather(emulator::current->block->all, emulator::block_threads); }
