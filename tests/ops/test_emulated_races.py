@@ -1,4 +1,4 @@
-"""The emulated GPU watches all accesses to shared memory (emulator/races.hpp): does it find those out of order?
+"""The emulated GPU watches all accesses to shared memory (emulator/races.hpp): does it see what is unordered?
 
 compute-sanitizer's racecheck knows little of barriers in shared memory that count bytes.
 """
